@@ -1,0 +1,28 @@
+# `make retrain` runs the main job, `make test` checks everything; each makes .venv first when it is missing.
+PYTHON ?= python3
+BIN := .venv/bin
+# Names given on the command line (make retrain K=8 DATA=mnist) become parameters of the notebook, in lower case but for K.
+GIVEN := $(filter-out PYTHON,$(foreach v,$(MAKEOVERRIDES),$(firstword $(subst =, ,$(v)))))
+PARAMETERS = $(foreach v,$(GIVEN),-p $(if $(filter K,$(v)),K,$(shell echo $(v) | tr A-Z a-z)) '$($(v))')
+ONE_THREAD := OMP_NUM_THREADS=1
+
+.PHONY: retrain test lab export
+retrain: .venv
+	@mkdir -p runs
+	$(BIN)/papermill nbs/retrain.ipynb runs/retrain.ipynb --log-output --no-progress-bar $(PARAMETERS)
+
+test: .venv
+	$(ONE_THREAD) $(BIN)/nbdev_test --n_workers 2
+	$(ONE_THREAD) $(BIN)/pytest
+
+lab: .venv
+	$(BIN)/jupyter lab nbs
+
+export: .venv
+	$(BIN)/nbdev_export
+
+.venv: .venv/ready
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints.txt -e '.[all]' || $(BIN)/pip install -q -e '.[all]'
+	touch $@
