@@ -239,7 +239,7 @@ def _to_cache(path, stamp, images, labels, jpeg):
 
 
 def _cached(origin, stamp, read): # `read()` when the cache has nothing for this origin and stamp
-    path = _cache_folder() / f"{origin.stem}-{_hash(str(origin.resolve()))}.safetensors"
+    path = _cache_folder() / f"{origin.parent.name}-{origin.stem}-{_hash(str(origin.resolve()))}.safetensors"
     found = _from_cache(path, stamp)
     if found is None:
         found = read()

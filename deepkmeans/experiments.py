@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PLACES', 'UserError', 'user_errors', 'given_parameters', 'run_id', 'environment', 'save_record', 'read_records',
-           'pack_records', 'run']
+           'pack_records', 'run', 'collect']
 
 # %% ../nbs/30_experiments.ipynb #imports
 import hashlib
@@ -12,6 +12,8 @@ import json
 import os
 import platform
 import subprocess
+import sys
+from ast import literal_eval
 from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError, version
@@ -112,8 +114,8 @@ def read_records(
 ) -> list: # records
     """The records of all finished runs, in the order of their identities."""
     store = Path(store)
-    if store.is_file():
-        return [json.loads(line) for line in store.read_text().splitlines()]
+    if store.suffix == ".jsonl":
+        return [json.loads(line) for line in (store.read_text().splitlines() if store.exists() else ())]
     return [json.loads(path.read_text()) for path in sorted(store.glob("*/record.json"))]
 
 
@@ -137,35 +139,45 @@ def run(
 
     Raises `UserError` for a parameter that the notebook does not have. The executed notebook of each run lies beside its record.
     """
-    import papermill
     from concurrent.futures import ThreadPoolExecutor
+
     from tqdm.auto import tqdm
 
-    defaults = {name: _literal(p["default"]) for name, p in papermill.inspect_notebook(str(notebook)).items()}
-    for parameters in suite:
-        if unknown := set(parameters) - set(defaults):
-            raise UserError(f"{notebook} has no parameter {', '.join(sorted(unknown))}")
-    folders = [Path(out) / run_id({**defaults, **parameters}) for parameters in suite]
+    folders = [Path(out) / identity for identity in _identities(notebook, suite)]
     missing = {f: p for f, p in zip(folders, suite) if not (f / "record.json").exists()}
     with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(missing), disable=not progress) as bar:
         def one(folder):
             failed = _papermill(notebook, folder, {**missing[folder], "out": str(out), "progress": False})
             bar.update()
             return failed
-        for failed in filter(None, pool.map(one, missing)):
-            tqdm.write(f"failed: {failed}")
-    return [json.loads((f / "record.json").read_text()) if (f / "record.json").exists() else None for f in folders]
+        failures = list(filter(None, pool.map(one, missing)))
+    for failed in failures:
+        print(f"failed: {failed}")
+    return collect(notebook, suite, [out])
 
 
-def _literal(text):
-    import ast
+def collect(
+    notebook, # the notebook of the suite
+    suite, # list of parameter sets
+    stores, # folders of runs or files of records; the first that has a run is taken
+) -> list: # records in the order of the suite; None for a run that no store has
+    """The records of a suite, without running anything. Raises `UserError` for a parameter that the notebook does not have."""
+    found = {r["id"]: r for store in reversed(stores) for r in read_records(store)}
+    return [found.get(identity) for identity in _identities(notebook, suite)]
 
-    return ast.literal_eval(text)
+
+def _identities(notebook, suite):
+    import papermill
+
+    defaults = {name: literal_eval(p["default"]) for name, p in papermill.inspect_notebook(str(notebook)).items()}
+    for parameters in suite:
+        if unknown := set(parameters) - set(defaults):
+            raise UserError(f"{notebook} has no parameter {', '.join(sorted(unknown))}")
+    return [run_id({k: type(default)(parameters.get(k, default)) for k, default in defaults.items()}) for parameters in suite]
 
 
 def _papermill(notebook, folder, parameters):
     folder.mkdir(parents=True, exist_ok=True)
-    import sys
     given = [word for name, value in parameters.items() for word in ("-r" if isinstance(value, str) else "-p", name, str(value))]
     command = [sys.executable, "-m", "papermill", str(notebook), str(folder / "notebook.ipynb"), "--no-progress-bar", *given]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)

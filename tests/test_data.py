@@ -247,6 +247,33 @@ def test_missing_sets(tmp_path):
             load("digits", **kwargs)
 
 
+class Downloaded:
+    """What torchvision's classes look like once they hold their images."""
+
+    def __init__(self, root, train, download):
+        self.source = split_of(12 if train else 5, (3, 4, 4))
+        self.data, self.targets = self.source.images.permute(0, 2, 3, 1).numpy(), self.source.labels.tolist()
+
+
+def test_torchvisions_images_get_our_axes_and_the_download_is_announced(monkeypatch):
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", Downloaded)
+    with pytest.warns(UserWarning, match="torchvision downloads"):
+        data = load("cifar10")
+    assert torch.equal(data.train.images, split_of(12, (3, 4, 4)).images) and torch.equal(data.test.labels, split_of(5, (3, 4, 4)).labels)
+    assert data.name == "cifar10"
+
+
+def test_a_failed_download_says_what_was_looked_for(monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError("<urlopen error\n no route>")
+    monkeypatch.setattr("torchvision.datasets.FashionMNIST", fail)
+    monkeypatch.setattr("deepkmeans.data.DEBIAN", Path("nowhere"))
+    with pytest.raises(FileNotFoundError) as e, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        load("fashion-mnist")
+    assert all(w in str(e.value) for w in ("not set", "nowhere", "no route", "root=<folder>")) and "\n" not in str(e.value)
+
+
 def test_a_cache_that_cannot_be_written_is_announced(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
