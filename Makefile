@@ -1,12 +1,12 @@
 # `make retrain` runs the main job, `make test` checks everything; each makes .venv first when it is missing.
 PYTHON ?= python3
 BIN := .venv/bin
-# Names given on the command line (make retrain K=8 DATA=mnist) become parameters of the notebook, in lower case but for K.
+# Names given on the command line (make retrain K=8 DATA=mnist) become parameters of the notebook, in lower case but for a K at the end.
 GIVEN := $(filter-out PYTHON,$(foreach v,$(MAKEOVERRIDES),$(firstword $(subst =, ,$(v)))))
-PARAMETERS = $(foreach v,$(GIVEN),-p $(if $(filter K,$(v)),K,$(shell echo $(v) | tr A-Z a-z)) '$($(v))')
+PARAMETERS = $(foreach v,$(GIVEN),-p $(shell echo $(v) | tr A-Z a-z | sed -E 's/(^|_)k$$/\1K/') '$($(v))')
 ONE_THREAD := OMP_NUM_THREADS=1
 
-.PHONY: retrain test lab export
+.PHONY: retrain test lenet lab export
 retrain: .venv
 	@mkdir -p runs
 	$(BIN)/papermill nbs/retrain.ipynb runs/retrain.ipynb --log-output --no-progress-bar $(PARAMETERS)
@@ -14,6 +14,9 @@ retrain: .venv
 test: .venv
 	$(ONE_THREAD) $(BIN)/nbdev_test --n_workers 2
 	$(ONE_THREAD) $(BIN)/pytest
+
+lenet: .venv
+	$(BIN)/papermill nbs/paper/lenet_regularizers.ipynb runs/lenet_regularizers.ipynb --log-output --no-progress-bar -p execute True
 
 lab: .venv
 	$(BIN)/jupyter lab nbs

@@ -67,7 +67,7 @@ def run_id(
 ) -> str: # 12 hexadecimal digits
     """The identity of a run: a hash of its parameters but for PLACES; a `checkpoint` counts by its content."""
     plain = {k: v for k, v in parameters.items() if k not in PLACES}
-    if plain.get("checkpoint"):
+    if plain.get("checkpoint") and Path(plain["checkpoint"]).exists():
         plain["checkpoint"] = hashlib.sha256(Path(plain["checkpoint"]).read_bytes()).hexdigest()[:12]
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -141,9 +141,9 @@ def run(
     """
     from concurrent.futures import ThreadPoolExecutor
 
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
 
-    folders = [Path(out) / identity for identity in _identities(notebook, suite)]
+    folders = [Path(out) / identity for identity in _identities(_defaults(notebook), suite)]
     missing = {f: p for f, p in zip(folders, suite) if not (f / "record.json").exists()}
     with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(missing), disable=not progress) as bar:
         def one(folder):
@@ -161,18 +161,22 @@ def collect(
     suite, # list of parameter sets
     stores, # folders of runs or files of records; the first that has a run is taken
 ) -> list: # records in the order of the suite; None for a run that no store has
-    """The records of a suite, without running anything. Raises `UserError` for a parameter that the notebook does not have."""
-    found = {r["id"]: r for store in reversed(stores) for r in read_records(store)}
-    return [found.get(identity) for identity in _identities(notebook, suite)]
+    """The records of a suite, without running anything; a record from before a parameter existed counts as one with its default. Raises `UserError` for a parameter that the notebook does not have."""
+    defaults = _defaults(notebook)
+    found = {run_id({**defaults, **r["parameters"]}): r for store in reversed(stores) for r in read_records(store)}
+    return [found.get(identity) for identity in _identities(defaults, suite)]
 
 
-def _identities(notebook, suite):
+def _defaults(notebook):
     import papermill
 
-    defaults = {name: literal_eval(p["default"]) for name, p in papermill.inspect_notebook(str(notebook)).items()}
+    return {name: literal_eval(p["default"]) for name, p in papermill.inspect_notebook(str(notebook)).items()}
+
+
+def _identities(defaults, suite):
     for parameters in suite:
         if unknown := set(parameters) - set(defaults):
-            raise UserError(f"{notebook} has no parameter {', '.join(sorted(unknown))}")
+            raise UserError(f"there is no parameter {', '.join(sorted(unknown))}; the parameters are {', '.join(defaults)}")
     return [run_id({k: type(default)(parameters.get(k, default)) for k, default in defaults.items()}) for parameters in suite]
 
 

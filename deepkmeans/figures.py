@@ -72,17 +72,14 @@ def rows_figure(
 def history_figure(
     history, # what `train` returned with a regularizer
 ):
-    """Distortion and penalty at the end of each epoch of re-training, on logarithmic axes; zeros stand at the lower edge."""
+    """Distortion at the end of each epoch of re-training and, where there was one, the penalty; logarithmic, zeros stand at 1e-12."""
     plt = use_style()
-    fig, panels = plt.subplots(1, 2, figsize=(10, 3.2), layout="constrained")
-    epochs = [row["epoch"] for row in history]
-    for ax, key, label in zip(panels, ("distortion", "penalty"), ("relative distortion ‖W − WFFᵀ‖²/‖W‖²", "penalty in the loss (mean of the epoch)")):
-        values = [row[key] or 0 for row in history]
-        if any(values):
-            ax.semilogy(epochs, [max(v, 1e-12) for v in values], "o-")
-        else:
-            ax.text(0.5, 0.5, "none in this run", ha="center", color="grey", transform=ax.transAxes)
-        ax.set(xlabel="epoch of re-training", ylabel=label)
+    labels = {"distortion": "relative distortion\n‖W − WFFᵀ‖²/‖W‖²", "penalty": "penalty in the loss,\nmean of the epoch"}
+    shown = [key for key in labels if key == "distortion" or any(row[key] for row in history)]
+    fig, panels = plt.subplots(1, len(shown), figsize=(5 * len(shown), 3.2), layout="constrained", squeeze=False)
+    for ax, key in zip(panels[0], shown):
+        ax.semilogy([row["epoch"] for row in history], [max(row[key] or 0, 1e-12) for row in history], "o-")
+        ax.set(xlabel="epoch of re-training", ylabel=labels[key])
         ax.xaxis.get_major_locator().set_params(integer=True)
     return fig
 

@@ -15,9 +15,10 @@ from numba import njit
 
 # %% ../nbs/01_kernels.ipynb #flags
 _quick = njit(cache=True, nogil=True, boundscheck=False)
-_vector = njit(cache=True, nogil=True, boundscheck=False, fastmath={"contract", "nsz", "nnan", "reassoc"})
+_inline = njit(cache=True, nogil=True, boundscheck=False, fastmath={"contract", "nsz", "nnan", "reassoc"}, forceinline=True)
 _INF, _ZERO = np.float32(np.inf), np.float32(0)
 _FAR = np.float32(1e18)  # coordinates of padding: never the nearest, and the square is finite
+_INF_BITS = np.int32(0x7F800000)  # those of float32 infinity
 _LEAF = 16  # centres in a leaf: one AVX-512 register, two of AVX2
 
 # %% ../nbs/01_kernels.ipynb #order
@@ -105,37 +106,44 @@ def make_tree(
     return packed, low, high, active
 
 
-@_quick
-def _box(x, low, high, v):  # squared distance of a point to the box of node v
+@_inline
+def _box(x, i, low, high, v):  # squared distance of row i to the box of node v
     total = _ZERO
-    for j in range(len(x)):
-        t = max(max(low[v, j] - x[j], x[j] - high[v, j]), _ZERO)
+    for j in range(x.shape[1]):
+        t = max(max(low[v, j] - x[i, j], x[i, j] - high[v, j]), _ZERO)
         total += t * t
     return total
 
 # %% ../nbs/01_kernels.ipynb #nearest
-@_vector
-def _squares(x, packed, count, out):  # squared distances of one row to `count` centres, coordinates first
+@_inline
+def _compare(x, i, centres, count, squares, bits):  # squared distances of row i to the first `count` centres (d, ·); the bits of the least
+    xj = x[i, 0]
     for t in range(count):
-        g = x[0] - packed[0, t]
-        out[t] = g * g
-    for j in range(1, len(x)):
+        g = xj - centres[0, t]
+        squares[t] = g * g
+    for j in range(1, x.shape[1]):
+        xj = x[i, j]
         for t in range(count):
-            g = x[j] - packed[j, t]
-            out[t] += g * g
-    least = _INF
+            g = xj - centres[j, t]
+            squares[t] += g * g
+    return _least(bits, count)
+
+
+@_inline
+def _least(bits, count):
+    least = _INF_BITS
     for t in range(count):
-        least = min(least, out[t])
+        least = min(least, bits[t])
     return least
 
 
-@_quick
-def _two_least(squares, base, best, second, one, two):
-    for t in range(len(squares)):
-        if squares[t] < best:
-            best, second, one, two = squares[t], best, base + t, one
-        elif squares[t] < second:
-            second, two = squares[t], base + t
+@_inline
+def _two_least(bits, base, best, second, one, two):
+    for t in range(_LEAF):
+        if bits[t] < best:
+            best, second, one, two = bits[t], best, base + t, one
+        elif bits[t] < second:
+            second, two = bits[t], base + t
     return best, second, one, two
 
 
@@ -148,28 +156,30 @@ def nearest(
     begin, end, # range of rows to do
 ):
     """Fill out[begin:end] with the nearest centres in tree order."""
-    leaves, size = len(packed), packed.shape[2]
+    leaves = len(packed)
     depth = int(np.log2(leaves) + 0.5)
-    stack, far, squares = np.empty(depth + 2, np.int64), np.empty(depth + 2, np.float32), np.empty(size, np.float32)
-    margin = np.float32(1.00001)
+    stack, far, squares = np.empty(depth + 2, np.int64), np.empty(depth + 2, np.float32), np.empty(_LEAF + 1, np.float32)
+    bits = squares.view(np.int32)
     for i in range(begin, end):
-        best, second, one, two = _INF, _INF, 0, 0
+        best, second, limit, one, two = _INF_BITS, _INF_BITS, _INF, 0, 0
         top, stack[0], far[0] = 0, 0, _ZERO
         while top >= 0:
             v, distance = stack[top], far[top]
             top -= 1
-            while distance <= best * margin and v < leaves - 1:
+            while distance <= limit and v < leaves - 1:
                 near, other = 2 * v + 1, 2 * v + 2
-                distance, away = _box(x[i], low, high, near), _box(x[i], low, high, other)
+                distance, away = _box(x, i, low, high, near), _box(x, i, low, high, other)
                 if away < distance:
                     near, other, distance, away = other, near, away, distance
                 top += 1
                 stack[top], far[top] = other, away
                 v = near
-            if distance <= best * margin:
+            if distance <= limit:
                 s = v - leaves + 1
-                if _squares(x[i], packed[s], size, squares) < second:
-                    best, second, one, two = _two_least(squares, (k * s) >> depth, best, second, one, two)
+                if _compare(x, i, packed[s], _LEAF, squares, bits) < second:
+                    best, second, one, two = _two_least(bits, (k * s) >> depth, best, second, one, two)
+                    bits[_LEAF] = best
+                    limit = squares[_LEAF] * np.float32(1.00001) + np.float32(1e-6) * sqrt(squares[_LEAF]) + np.float32(1e-12)
         out[i, 0], out[i, 1] = one, min(two, k - 1)
 
 # %% ../nbs/01_kernels.ipynb #pool
@@ -238,80 +248,83 @@ def group(
 
 # %% ../nbs/01_kernels.ipynb #around
 @_quick
-def _around(own, centre, reach, packed, low, high, active, only, k, ids, found, stack):
-    # the other centres within `reach` of a centre; `only`: only where some centre moved
-    leaves, d = len(packed), len(centre)
+def _around(own, centres, reach, packed, low, high, active, only, ids, found, stack):
+    # the other centres within `reach` of centre `own`; `only`: only where some centre moved
+    leaves, (k, d) = len(packed), centres.shape
     depth, count, top, stack[0] = int(np.log2(leaves) + 0.5), 0, 0, 0
     while top >= 0:
         v = stack[top]
         top -= 1
-        if (only and not active[v]) or _box(centre, low, high, v) > reach * reach:
+        if (only and not active[v]) or _box(centres, own, low, high, v) > reach * reach:
             continue
         if v < leaves - 1:
             stack[top + 1], stack[top + 2] = 2 * v + 2, 2 * v + 1
             top += 2
             continue
         s = v - leaves + 1
-        lo = (k * s) >> depth
-        for t in range(((k * (s + 1)) >> depth) - lo):
+        for c in range((k * s) >> depth, (k * (s + 1)) >> depth):
             square = _ZERO
             for j in range(d):
-                square += (packed[s, j, t] - centre[j]) ** 2
-            if square <= reach * reach and lo + t != own:
-                ids[count] = lo + t
+                square += (centres[c, j] - centres[own, j]) ** 2
+            if square <= reach * reach and c != own:
+                ids[count] = c
                 for j in range(d):
-                    found[j, count] = packed[s, j, t]
+                    found[j, count] = centres[c, j]
                 count += 1
-    return count
+    full = (count + _LEAF - 1) // _LEAF * _LEAF
+    found[:, count:full] = _FAR
+    return full
 
 
-@_vector
-def _distance(x, centre):
+@_inline
+def _distance(x, i, centres, c):
     total = _ZERO
-    for j in range(len(x)):
-        total += (x[j] - centre[j]) ** 2
+    for j in range(x.shape[1]):
+        total += (x[i, j] - centres[c, j]) ** 2
     return sqrt(total)
 
 
-@_quick
-def _nearer(x, new, old):  # decided in float64
+@_inline
+def _nearer(x, i, means, new, old):  # decided in float64
     difference = 0.0
-    for j in range(len(x)):
-        difference += (np.float64(x[j]) - new[j]) ** 2 - (np.float64(x[j]) - old[j]) ** 2
+    for j in range(x.shape[1]):
+        difference += (x[i, j] - means[new, j]) ** 2 - (x[i, j] - means[old, j]) ** 2
     return difference < 0
 
 # %% ../nbs/01_kernels.ipynb #step
 @_quick
-def _overdue(x, centre, rows, drift, lower, todo, away):  # rows whose bound fails, and how far they are from their centre
+def _overdue(x, centres, own, members, begin, end, drift, lower, todo, away):
+    # rows whose bound fails, and how far they are from their centre
     count, widest = 0, _ZERO
-    for i in rows:
-        u = _distance(x[i], centre)
-        if u * np.float32(1.00001) < lower[i] - drift:
-            lower[i] -= drift
-        else:
+    for p in range(begin, end):
+        i = members[p]
+        u = _distance(x, i, centres, own)
+        left = lower[i] - drift
+        lower[i] = left
+        if u * np.float32(1.0001) >= left:
             todo[count], away[count] = i, u
             count, widest = count + 1, max(widest, u)
     return count, widest
 
 
-@_quick
-def _settle(x, i, u, own, centres, ids, found, count, squares, outside, codes, lower):
-    best = _squares(x[i], found, count, squares)
-    if best < u * u:
+@_inline
+def _settle(x, i, u, own, means, ids, found, count, squares, bits, outside, codes, lower):
+    least = bits[-1] = _compare(x, i, found, count, squares, bits)
+    if squares[-1] < u * u:
         t = 0
-        while squares[t] != best:
+        while bits[t] != least:
             t += 1
-        if _nearer(x[i], centres[ids[t]], centres[own]):
-            codes[i], squares[t], best = ids[t], u * u, _INF
-            for s in range(count):
-                best = min(best, squares[s])
-    lower[i] = min(outside, sqrt(best))
+        if _nearer(x, i, means, ids[t], own):
+            codes[i], squares[t] = ids[t], u * u
+            bits[-1] = _least(bits, count)
+    lower[i] = min(outside, sqrt(squares[-1]))
 
 
 @_quick
 def reassign(
     x, # (n, d) float32 rows
-    centres, # (k, d) float32, in tree order
+    means, # (k, d) float64, the centres in tree order
+    centres, # (k, d) float32, the same
     shift, # (k,) float32: how far each centre has just moved, rounded up
     packed, low, high, active, # the tree, from `make_tree`
     members, pieces, # from `group`
@@ -325,21 +338,21 @@ def reassign(
     other = max(_ZERO, max(shift[:largest].max() if largest else _ZERO, shift[largest + 1:].max() if largest + 1 < k else _ZERO))
     for p in range(begin, end):
         most = max(most, pieces[p, 2] - pieces[p, 1])
-    todo, away = np.empty(most, np.int32), np.empty(most, np.float32)
-    ids, found, squares = np.empty(k, np.int64), np.empty((d, k), np.float32), np.empty(k, np.float32)
-    stack = np.empty(len(packed) + 2, np.int64)
+    todo, away, room = np.empty(most, np.int32), np.empty(most, np.float32), k + _LEAF
+    ids, found, squares = np.empty(k, np.int64), np.empty((d, room), np.float32), np.empty(room, np.float32)
+    bits, stack = squares.view(np.int32), np.empty(len(packed) + 2, np.int64)
     for p in range(begin, end):
-        own = pieces[p, 0]
+        own, still = pieces[p, 0], shift[pieces[p, 0]] == 0
         drift = other if own == largest else shift[largest]
-        count, widest = _overdue(x, centres[own], members[pieces[p, 1]:pieces[p, 2]], drift, lower, todo, away)
+        count, widest = _overdue(x, centres, own, members, pieces[p, 1], pieces[p, 2], drift, lower, todo, away)
         if count == 0:
             continue
-        still, reach = shift[own] == 0, np.float32(2.0001) * widest
-        near = _around(own, centres[own], reach, packed, low, high, active, still, k, ids, found, stack)
+        reach = np.float32(2.0001) * widest
+        near = _around(own, centres, reach, packed, low, high, active, still, ids, found, stack)
         for w in range(count):
             i = todo[w]
-            outside = min(reach - away[w], lower[i]) if still else reach - away[w]
-            _settle(x, i, away[w], own, centres, ids, found, near, squares, outside, codes, lower)
+            outside = min(reach - away[w], lower[i] + drift) if still else reach - away[w]
+            _settle(x, i, away[w], own, means, ids, found, near, squares, bits, outside, codes, lower)
 
 # %% ../nbs/01_kernels.ipynb #lloyd
 @_quick
@@ -372,7 +385,7 @@ def lloyd(
     """
     k = len(start)
     order = tree_order(start.astype(np.float32), _depth(k))  # (k,)
-    means = start[order]  # (k, d)
+    means = start[order].astype(np.float32).astype(np.float64)  # (k, d)
     with _Pool() as pool:
         codes = _search(x, means.astype(np.float32), pool)[:, 0].copy()  # (n,)
         members, _ = group(codes, k, len(x))
@@ -398,16 +411,16 @@ def _iterate(x, weight, means, codes, max_iter, stop, pool):
         shift = np.nextafter(shift.astype(np.float32), _INF) * (shift > 0)
         tree = make_tree(centres, _depth(k), _LEAF, shift > 0)
         members, pieces = group(codes, k, 512)
-        _parallel(pool, reassign, len(pieces), x, centres, shift.astype(np.float32), *tree, members, pieces, codes, lower)
+        _parallel(pool, reassign, len(pieces), x, means, centres, shift.astype(np.float32), *tree, members, pieces, codes, lower)
 
 # %% ../nbs/01_kernels.ipynb #seed-visit
 @_quick
-def _gain(point, x, weight, square, low, high, top, depth, stack):  # by how much a centre at this point would lower the potential
+def _gain(c, x, weight, square, low, high, top, depth, stack):  # by how much a centre at row c would lower the potential
     n, leaves, total, at, stack[0] = len(x), 2**depth, 0.0, 0, 0
     while at >= 0:
         v = stack[at]
         at -= 1
-        if _box(point, low, high, v) >= top[v]:
+        if _box(x, c, low, high, v) >= top[v]:
             continue
         if v < leaves - 1:
             stack[at + 1], stack[at + 2] = 2 * v + 2, 2 * v + 1
@@ -416,20 +429,20 @@ def _gain(point, x, weight, square, low, high, top, depth, stack):  # by how muc
         s = v - leaves + 1
         for i in range((n * s) >> depth, (n * (s + 1)) >> depth):
             new = _ZERO
-            for j in range(len(point)):
-                new += (x[i, j] - point[j]) ** 2
+            for j in range(x.shape[1]):
+                new += (x[i, j] - x[c, j]) ** 2
             if new < square[i]:
                 total += weight[i] * (np.float64(square[i]) - new)
     return total
 
 
 @_quick
-def _place(point, x, weight, square, low, high, top, mass, depth, stack, seen):  # put a centre there
+def _place(c, x, weight, square, low, high, top, mass, depth, stack, seen):  # put a centre at row c
     n, leaves, at, count, stack[0] = len(x), 2**depth, 0, 0, 0
     while at >= 0:
         v = stack[at]
         at -= 1
-        if _box(point, low, high, v) >= top[v]:
+        if _box(x, c, low, high, v) >= top[v]:
             continue
         seen[count] = v
         count += 1
@@ -441,8 +454,8 @@ def _place(point, x, weight, square, low, high, top, mass, depth, stack, seen): 
         top[v], mass[v] = _ZERO, 0.0
         for i in range((n * s) >> depth, (n * (s + 1)) >> depth):
             new = _ZERO
-            for j in range(len(point)):
-                new += (x[i, j] - point[j]) ** 2
+            for j in range(x.shape[1]):
+                new += (x[i, j] - x[c, j]) ** 2
             square[i] = min(square[i], new)
             top[v] = max(top[v], square[i])
             mass[v] += weight[i] * square[i]
@@ -475,18 +488,18 @@ def _choose(x, weight, first, draws, low, high, depth):
     mass, stack, seen = np.zeros(len(low)), np.empty(2**depth + 2, np.int64), np.empty(len(low), np.int64)
     chosen = np.empty(len(draws) + 1, np.int64)
     chosen[0] = first
-    _place(x[first], x, weight, square, low, high, top, mass, depth, stack, seen)
+    _place(first, x, weight, square, low, high, top, mass, depth, stack, seen)
     for t in range(len(draws)):
         if mass[0] <= 0:
             return chosen[:t + 1]
         best, most = -1, -1.0
         for u in draws[t]:
             i = _draw(u, weight, square, mass, depth)
-            gain = _gain(x[i], x, weight, square, low, high, top, depth, stack)
+            gain = _gain(i, x, weight, square, low, high, top, depth, stack)
             if gain > most:
                 best, most = i, gain
         chosen[t + 1] = best
-        _place(x[best], x, weight, square, low, high, top, mass, depth, stack, seen)
+        _place(best, x, weight, square, low, high, top, mass, depth, stack, seen)
     return chosen
 
 
@@ -498,7 +511,7 @@ def plusplus(
 ) -> np.ndarray: # (k,) row numbers; fewer where k exceeds the number of distinct rows
     """The rows that greedy k-means++ chooses (Arthur and Vassilvitskii, 2007)."""
     n = len(x)
-    depth = max(0, ceil(log2(n / 64)))
+    depth = max(0, ceil(log2(min(n / 64, 4 * len(draws) + 4))))
     order = tree_order(x, depth)
     x, weight = x[order], np.ones(n) if weight is None else weight[order]
     cumulated = weight.cumsum()

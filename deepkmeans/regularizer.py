@@ -37,13 +37,13 @@ class _Spectral:
 
 # %% ../nbs/03_regularizer.ipynb #ramp
 REASSIGN_EVERY = 10  # steps of training between two iterations of Lloyd while the pull is ramped
-HARD_FROM = 0.7  # progress from which on the rows lie on their centres
+HARD_FROM = 0.3  # progress from which on the rows lie on their centres
 
 
 def pull_fraction(
     progress, # how much of the training is done, 0 to 1
 ) -> float: # 0 to 1
-    """The share of its way to its centre that a row is moved after a step of training: min(1, progress/0.7)³."""
+    """The share of its way to its centre that a row is moved after a step of training: min(1, progress/0.3)³."""
     return min(1.0, progress / HARD_FROM) ** 3
 
 # %% ../nbs/03_regularizer.ipynb #regularizer

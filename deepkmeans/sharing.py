@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils import parametrize
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .kmeans import Clustering, decode, kmeans
 from .rows import LAYOUTS, from_rows, to_rows

@@ -1,0 +1,96 @@
+"""The main job as a user runs it: what it writes, that it repeats itself, survives a kill, and how it answers to nonsense."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+QUICK = dict(baseline_epochs=2, epochs=2, finetune_epochs=1, progress=False)
+
+
+def only_run(folder):
+    (record,) = folder.glob("*/record.json")
+    return record.parent, json.loads(record.read_text())
+
+
+@pytest.fixture(scope="module")
+def two_runs(papermill, tmp_path_factory):
+    folders = [tmp_path_factory.mktemp(name) for name in ("first", "second")]
+    for folder in folders:
+        done = papermill("nbs/retrain.ipynb", K=16, first_K=200, out=folder, **QUICK)
+        assert done.returncode == 0, done.stderr[-2000:]
+    return [only_run(folder) for folder in folders] + [done.stdout]
+
+
+def test_record_says_what_was_done(two_runs):
+    folder, record = two_runs[0]
+    assert record["id"] == folder.name and record["parameters"]["K"] == 16
+    assert list(record["stages"]) == ["baseline", "finetuned", "retrained", "shared", "wr"]
+    assert record["dataset"]["name"] == "digits" and record["environment"]["versions"]["torch"]
+    assert {p.name for p in folder.iterdir()} >= {"model.safetensors", "stages.png", "rows.png", "history.png", "filters.png"}
+    assert record["history"]["retrain"][-1]["distortion"] < 1e-12, "the ramp must end hard"
+
+
+def test_a_k_above_the_distinct_rows_is_capped_and_told(two_runs):
+    _, record = two_runs[0]
+    conv1 = record["layers"][0]
+    assert record["capped"] == ["conv1"] and conv1["k_wanted"] == 200 and conv1["k"] <= 100
+    assert "conv1: 200 clusters were wanted, capped" in two_runs[2]
+
+
+def test_the_same_command_gives_the_same_record_and_model(two_runs):
+    (one, a), (two, b) = two_runs[:2]
+    a.pop("seconds"), b.pop("seconds")
+    assert a == b
+    assert (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("parameters, message", [
+    (dict(KK=4), "there is no parameter 'KK'; did you mean K?"),
+    (dict(K=-1), "K=-1 must be at least 1"),
+    (dict(K="many"), "K='many' must be of type int"),
+    (dict(data="mnistt"), "must be one of digits, mnist"),
+    (dict(model="lenet6"), "must be one of lenet5"),
+    (dict(kind="soft"), "kind='soft' must be one of indicator"),
+    (dict(data="mnist", data_root="/nowhere"), "mnist was not found"),
+    (dict(target_ratio=45), "needs the allocator"),
+])
+def test_nonsense_ends_in_one_line_and_writes_nothing(papermill, tmp_path, monkeypatch, parameters, message):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    if "data_root" in parameters:
+        pytest.importorskip("torchvision")
+        monkeypatch.setenv("http_proxy", "http://127.0.0.1:9"), monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    done = papermill("nbs/retrain.ipynb", out=tmp_path / "runs", **parameters)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("UserError")]
+    assert done.returncode != 0 and len(lines) == 1 and message in lines[0], done.stderr[-1500:]
+    assert not (tmp_path / "runs").exists()
+
+
+KILLED = """
+import sys
+from deepkmeans import Regularizer, build, load, loaders, make_plan, train
+from safetensors.torch import save_file
+data = load("digits")
+net = build("wide_resnet", in_channels=1, depth=10, widen=1, seed=3)  # has dropout and batch normalisation
+regularizer = Regularizer(net, make_plan(net, k=4), strength="ramp")
+train(net, loaders(data, 256)[0], epochs=6, lr=0.02, regularizer=regularizer, checkpoint=sys.argv[1], progress=False)
+save_file({k: v.contiguous() for k, v in net.state_dict().items()}, sys.argv[2])
+"""
+
+
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
+    run = lambda name: [sys.executable, "-c", KILLED, str(tmp_path / f"{name}.safetensors"), str(tmp_path / f"{name}.end")]
+    process = subprocess.Popen(run("killed"))
+    while not (tmp_path / "killed.safetensors").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(0.3)  # somewhere within a later epoch
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed.end").exists(), "it ended before it could be killed"
+    for name in ("killed", "straight"):
+        subprocess.run(run(name), check=True)
+    assert (tmp_path / "killed.end").read_bytes() == (tmp_path / "straight.end").read_bytes()

@@ -1,0 +1,116 @@
+"""What holds the repository together: exported modules, notebooks, wheel, environments, README."""
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+
+def notebooks(root):
+    return sorted((root / "nbs").glob("**/[!.]*.ipynb"))
+
+
+def cells(path, kind="code"):
+    return [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == kind]
+
+
+def test_modules_are_what_the_notebooks_export(root, tmp_path):
+    for name in ("nbs", "settings.ini", "pyproject.toml", "README.md"):
+        (shutil.copytree if (root / name).is_dir() else shutil.copy)(root / name, tmp_path / name)
+    env = {k: v for k, v in os.environ.items() if k != "IN_TEST"}
+    subprocess.run([Path(sys.executable).parent / "nbdev_export"], cwd=tmp_path, env=env, check=True)
+    exported, committed = ({p.name: p.read_text() for p in (base / "deepkmeans").glob("*.py")} for base in (tmp_path, root))
+    assert exported.keys() == committed.keys()
+    assert [name for name in exported if exported[name] != committed[name]] == []
+
+
+def test_cells_have_fixed_meaningful_ids(root):
+    for path in notebooks(root):
+        ids = [c["id"] for c in cells(path) + cells(path, "markdown")]
+        assert len(set(ids)) == len(ids) and all(re.fullmatch(r"[a-z][a-z0-9-]*", i) for i in ids), path.name
+
+
+def test_parameterized_notebooks_have_one_parameters_cell(root):
+    for path in [root / "nbs" / "retrain.ipynb", *(root / "nbs" / "paper").glob("*.ipynb")]:
+        assert sum("parameters" in c["metadata"].get("tags", []) for c in cells(path)) == 1, path.name
+
+
+def test_notebooks_are_committed_with_outputs_and_no_errors(root):
+    for path in notebooks(root):
+        outputs = [o for c in cells(path) for o in c["outputs"]]
+        assert outputs, f"{path.name} has no outputs"
+        assert not [o for o in outputs if o["output_type"] == "error"], path.name
+
+
+IMPORT = """
+import sys, time, torch
+start = time.perf_counter()
+import deepkmeans
+print(time.perf_counter() - start)
+heavy = {"IPython", "nbdev", "fastcore", "execnb", "papermill", "jupyter_client", "matplotlib", "seaborn", "pandas", "faiss", "pykeops", "torchvision"}
+print(*sorted(heavy & set(sys.modules)))
+assert deepkmeans.kmeans and deepkmeans.share and deepkmeans.Regularizer and deepkmeans.compression
+"""
+
+
+def test_import_is_quick_and_needs_no_notebook_tool(tmp_path):
+    seconds, *heavy = subprocess.run([sys.executable, "-c", IMPORT], cwd=tmp_path, capture_output=True, text=True, check=True).stdout.split()
+    assert heavy == [] and float(seconds) < 3
+
+
+def test_wheel_holds_the_package_and_runs_from_anywhere(root, tmp_path):
+    for name in ("deepkmeans", "pyproject.toml", "README.md", "LICENSE"):
+        (shutil.copytree if (root / name).is_dir() else shutil.copy)(root / name, tmp_path / name)
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path / "dist", tmp_path], check=True)
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    with zipfile.ZipFile(wheel) as file:
+        assert {name.split("/")[0] for name in file.namelist()} == {"deepkmeans", wheel.name.split("-py3")[0] + ".dist-info"}
+        file.extractall(tmp_path / "site")
+    code = "import deepkmeans, torch; print(deepkmeans.__file__, deepkmeans.to_rows(torch.zeros(2, 1, 3, 3)).shape)"
+    done = subprocess.run([sys.executable, "-P", "-c", code] if sys.version_info >= (3, 11) else [sys.executable, "-c", code],
+                          cwd=tmp_path / "dist", env={**os.environ, "PYTHONPATH": str(tmp_path / "site")}, capture_output=True, text=True, check=True)
+    assert str(tmp_path / "site") in done.stdout
+
+
+def test_environment_and_pyproject_agree(root):
+    tomllib = pytest.importorskip("tomllib")
+    yaml = pytest.importorskip("yaml")
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    wanted = set(project["dependencies"]) | {r for name in ("notebooks", "test", "keops", "numba") for r in project["optional-dependencies"].get(name, [])}
+    listed = yaml.safe_load((root / "environment.yml").read_text())["dependencies"]
+    conda = {"pytorch": "torch", "matplotlib-base": "matplotlib"}
+    have = [r for r in listed if isinstance(r, str)] + [r for d in listed if isinstance(d, dict) for r in d["pip"]]
+    have = {re.sub(r"^[\w-]+", lambda m: conda.get(m[0], m[0]), r) for r in have}
+    assert have - {"pip", "quarto", f"python{project['requires-python']}"} == wanted
+
+
+def readme_blocks(root, language):
+    return re.findall(rf"```{language}\n(.*?)```", (root / "README.md").read_text(), re.S)
+
+
+def test_readme_python_prints_what_it_says(root, tmp_path):
+    (code,) = readme_blocks(root, "python")
+    (said,) = readme_blocks(root, "text")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    numbers = lambda text: [float(x) for x in re.findall(r"\d+\.\d+", text)]
+    assert re.sub(r"\d+\.\d+", "#", done.stdout.strip()) == re.sub(r"\d+\.\d+", "#", said.strip())
+    assert all(abs(a - b) < 3 for a, b in zip(numbers(done.stdout), numbers(said), strict=True)), done.stdout
+
+
+def test_readme_table_is_the_rendered_one(root):
+    rendered = (root / "figures" / "lenet_regularizers_cpu.md").read_text().strip()
+    assert rendered in (root / "README.md").read_text()
+
+
+def test_nothing_tracked_names_a_machine(root):
+    if not (root / ".git").exists():
+        pytest.skip("not a git checkout")
+    found = subprocess.run(["git", "grep", "-nIE", r"(^|[^a-zA-Z0-9_.~-])/(work|root|farm|tmp)/[a-z.]", "--", ".", ":!tests/test_package.py"], cwd=root,
+                           capture_output=True, text=True).stdout
+    assert found == ""
