@@ -81,9 +81,9 @@ def test_environment_and_pyproject_agree(root):
     tomllib = pytest.importorskip("tomllib")
     yaml = pytest.importorskip("yaml")
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
-    wanted = set(project["dependencies"]) | {r for name in ("notebooks", "test", "keops", "numba") for r in project["optional-dependencies"].get(name, [])}
+    wanted = set(project["dependencies"]) | {r for name in ("notebooks", "test", "keops") for r in project["optional-dependencies"].get(name, [])}
     listed = yaml.safe_load((root / "environment.yml").read_text())["dependencies"]
-    conda = {"pytorch": "torch", "matplotlib-base": "matplotlib"}
+    conda = {"pytorch": "torch", "matplotlib-base": "matplotlib", "python-build": "build"}
     have = [r for r in listed if isinstance(r, str)] + [r for d in listed if isinstance(d, dict) for r in d["pip"]]
     have = {re.sub(r"^[\w-]+", lambda m: conda.get(m[0], m[0]), r) for r in have}
     assert have - {"pip", "quarto", f"python{project['requires-python']}"} == wanted
