@@ -19,7 +19,7 @@ class _Indicator:
         self.codes, self.k, self.pinned = clustering.codes, len(clustering.codebook), pinned
 
     def project(self, rows):  # (n, d) -> (n, d)
-        return centroids(rows, self.codes, self.k, self.pinned)[self.codes]
+        return centroids(rows, self.codes, self.k, self.pinned).index_select(0, self.codes)  # faster than indexing
 
 
 class _Spectral:
