@@ -1,6 +1,5 @@
 """The main job as a user runs it: what it writes, that it repeats itself, survives a kill, and how it answers to nonsense."""
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -46,6 +45,15 @@ def test_the_same_command_gives_the_same_record_and_model(two_runs):
     a.pop("seconds"), b.pop("seconds")
     assert a == b
     assert (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
+
+
+def test_a_run_can_start_from_a_checkpoint(two_runs, papermill, tmp_path):
+    folder, record = two_runs[0]
+    (baseline,) = (folder.parent / "baselines").glob("*.safetensors")
+    done = papermill("nbs/retrain.ipynb", checkpoint=baseline, K=2, epochs=0, finetune_epochs=0, out=tmp_path, progress=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    stages = only_run(tmp_path)[1]["stages"]
+    assert stages["baseline"] == record["stages"]["baseline"] and set(stages) == {"baseline", "wr", "retrained", "shared"}
 
 
 @pytest.mark.parametrize("parameters, message", [
