@@ -16,7 +16,7 @@ test: .venv
 	$(ONE_THREAD) $(BIN)/pytest
 
 lenet: .venv
-	$(BIN)/papermill nbs/paper/lenet_regularizers.ipynb runs/lenet_regularizers.ipynb --log-output --no-progress-bar -p execute True
+	$(BIN)/papermill nbs/paper/lenet_regularizers.ipynb runs/lenet_regularizers.ipynb --log-output --no-progress-bar -p execute True -p save True
 
 lab: .venv
 	$(BIN)/jupyter lab nbs
