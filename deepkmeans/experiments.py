@@ -74,10 +74,10 @@ def run_id(
 
 def environment(
     device, # the torch.device of the run
-) -> dict: # device, versions, commit
+) -> dict: # device, threads, versions, commit
     """What a result may depend on beside its parameters."""
     name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else platform.machine()
-    return dict(device=f"{torch.device(device).type} ({name})", python=platform.python_version(), versions=_versions(), commit=_commit())
+    return dict(device=f"{torch.device(device).type} ({name})", threads=torch.get_num_threads(), python=platform.python_version(), versions=_versions(), commit=_commit())
 
 
 def _versions():
