@@ -6,7 +6,7 @@
 __all__ = ['PRECISION', 'MAX_K', 'DTYPES', 'DTYPE_NAMES', 'ARRAYS', 'MAX_HEADER', 'VERSION', 'FLOATS', 'CODEBOOK_DTYPES',
            'MAX_DENSE', 'MAX_RATIO', 'CompressedFileError', 'histogram_bytes', 'histogram_weights', 'frequencies',
            'pack_codes', 'unpack_codes', 'StoredLayer', 'file_bytes', 'save_compressed', 'Content', 'load_compressed',
-           'decompress', 'FileReport', 'inspect', 'report']
+           'decompress', 'FileReport', 'inspect', 'report', 'file_rows']
 
 # %% ../nbs/06_codec.ipynb #imports
 import json
@@ -143,7 +143,7 @@ def _to_bytes(tensor):
 
 
 def _from_bytes(data, dtype, shape): # uint8 array, a key of DTYPES → tensor
-    return torch.from_numpy(data.copy()).view(DTYPES[dtype]).reshape(shape)
+    return torch.from_numpy(data.copy()).view(DTYPES[dtype]).reshape(shape) if len(data) else torch.empty(shape, dtype=DTYPES[dtype])
 
 # %% ../nbs/06_codec.ipynb #container
 def _container(arrays, metadata): # {name: bytes}, {str: str} → bytes
@@ -310,7 +310,7 @@ def file_bytes(
             dtype, line = _store_tensor(name, state[name], arrays)
             tensors[dtype].append(line)
     _check_size(layers, sum(map(len, arrays.values())), ValueError)
-    tables = {"layers": [StoredLayer._fields, *layers], "tensors": tensors, "ties": ties, "architecture": architecture or _architecture(model, shapes, ties)}
+    tables = {"layers": [StoredLayer._fields, *layers], "tensors": tensors, "ties": ties, "architecture": _architecture(model, architecture, shapes, ties)}
     return _container(arrays, {"format": "deepkmeans", "version": VERSION} | {name: _compact(table) for name, table in tables.items() if table})
 
 
@@ -318,11 +318,13 @@ def _compact(value):
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
 
 
-def _architecture(model, *outline):
-    remembered = getattr(model, "architecture", None)
-    if remembered is None or _outline(_state(build(**remembered, seed=None))) == outline:
-        return remembered
-    warnings.warn(f"the network is no longer what build({remembered['name']!r}) makes; the file will not name it and load_compressed needs its argument model")
+def _architecture(model, given, *outline): # what `build` makes this network from, or None
+    named = given or getattr(model, "architecture", None)
+    if named is None or _outline(_state(build(**named, seed=None))) == outline:
+        return named
+    if given:
+        raise ValueError(f"architecture={given} is not this network: build makes other tensors from it")
+    warnings.warn(f"the network is no longer what build({named['name']!r}) makes; the file will not name it and load_compressed needs its argument model")
     return None
 
 
@@ -344,8 +346,8 @@ def save_compressed(
 ) -> int: # bytes written
     """Write the network to a compressed file.
 
-    Raises `ValueError` for a tensor that a file cannot hold and for codebooks that are not finite in `codebook_dtype`, `OSError` when the
-    file cannot be written; an old file is then still there. Warns when the network was changed so that the file cannot name its architecture.
+    Raises `ValueError` for a tensor that a file cannot hold, for codebooks that are not finite in `codebook_dtype` and for an `architecture` that
+    is another network; `OSError` when the file cannot be written; an old file is then still there. Warns when the network was changed so that the file cannot name its architecture.
     """
     data = file_bytes(model, codebook_dtype=codebook_dtype, architecture=architecture)
     _write(Path(path).resolve(), data)
@@ -454,10 +456,12 @@ def load_compressed(
 def _install(model, content, codes, assign):
     state = dict(content.tensors)
     for layer in content.layers:
-        module, codebook = model.get_submodule(layer.name), content.parts[layer.name][0]
-        shared = SharedWeight(codes[layer.name].long(), layer.k, layer.shape, layer.layout, bool(layer.pinned)).to(module.weight.device)
-        parametrize.register_parametrization(module, "weight", shared)
-        state[_join(layer.name, "parametrizations.weight.original")] = codebook
+        module = model.get_submodule(layer.name)
+        codebook = content.parts[layer.name][0].to(module.weight.device, None if assign else module.weight.dtype)
+        shared = SharedWeight(codes[layer.name], layer.k, layer.shape, layer.layout, bool(layer.pinned)).to(codebook.device)
+        shared.right_inverse = lambda weight, codebook=codebook: codebook  # known already: no need to average the weight
+        parametrize.register_parametrization(module, "weight", shared, unsafe=True)
+        del shared.right_inverse
     state |= {name: state[owner] for name, owner in content.ties.items() if owner in state}
     model.load_state_dict(state, strict=False, assign=assign)  # _check_fit saw that nothing else is missing
 
@@ -516,11 +520,11 @@ class FileReport:
         import pandas as pd
 
         frame = pd.DataFrame(self.rows).set_index("layer")
-        return frame.assign(share=frame.bytes / self.bytes)
+        return frame.assign(share=frame.bytes / self.bytes).astype({c: "Int64" for c in ("n", "d", "k") if c in frame})
 
     def __str__(self):
         name = self.architecture["name"] if self.architecture else "a network without a name"
-        return f"{name} in {self.bytes:,} bytes\n" + self.layers.to_string(float_format="{:.3f}".format, na_rep="")
+        return f"{name} in {self.bytes:,} bytes\n" + self.layers.to_string(float_format="{:.3f}".format, na_rep="").replace("<NA>", "    ")
 
 
 def inspect(
@@ -532,7 +536,7 @@ def inspect(
 
 def report(content): # Content → FileReport
     rows = [_row(layer, content.codes(layer)) for layer in content.layers]
-    kept = sum(t.numel() * t.itemsize for t in content.tensors.values())
+    kept = sum(t.nbytes for t in content.tensors.values())
     header = content.size - kept - sum(row["bytes"] for row in rows)
     return FileReport((*rows, dict(layer="other tensors", bytes=kept), dict(layer="header", bytes=header)), content.architecture)
 
@@ -544,3 +548,20 @@ def _row(layer, codes):
     return dict(layer=layer.name, shape="×".join(map(str, layer.shape)), layout=layer.layout, n=layer.n, d=layer.d, k=layer.k, pinned=bool(layer.pinned),
                 codebook=layer.stored, bits_per_weight=8 * size / prod(layer.shape), entropy=float(-(used / layer.n) @ torch.log2(used / layer.n)) + 0.0,
                 bits_per_row=8 * layer.index_bytes / layer.n, bytes=size)
+
+# %% ../nbs/06_codec.ipynb #file-rows
+def file_rows(
+    model, # a network, shared or not
+) -> list: # a dict for each module that holds tensors, and one for the header
+    """The bytes of the file of this network, by module: `codebook`, `indexes` (histogram and codes), `kept` (as they are) and `dense` (in a dense file)."""
+    content, rows = _read(file_bytes(model)), {}
+    new = lambda name: rows.setdefault(name, dict(layer=name, k=None, numbers=0, dense=0, codebook=0, indexes=0, kept=0))
+    for layer in content.layers:
+        size = prod(layer.shape)
+        new(layer.name).update(k=layer.k, numbers=size, dense=size * DTYPES[layer.dtype].itemsize, codebook=layer.codebook_bytes, indexes=layer.index_bytes)
+    for name, tensor in content.tensors.items():
+        row = new(name.rpartition(".")[0])
+        row |= {key: row[key] + size for key, size in dict(numbers=tensor.numel(), dense=tensor.nbytes, kept=tensor.nbytes).items()}
+    row = new("header")
+    row["kept"] += content.size - sum(r["codebook"] + r["indexes"] + r["kept"] for r in rows.values())
+    return list(rows.values())
