@@ -457,11 +457,12 @@ def _install(model, content, codes, assign):
     state = dict(content.tensors)
     for layer in content.layers:
         module = model.get_submodule(layer.name)
-        codebook = content.parts[layer.name][0].to(module.weight.device, None if assign else module.weight.dtype)
+        codebook = content.parts[layer.name][0].to(module.weight)
         shared = SharedWeight(codes[layer.name], layer.k, layer.shape, layer.layout, bool(layer.pinned)).to(codebook.device)
         shared.right_inverse = lambda weight, codebook=codebook: codebook  # known already: no need to average the weight
         parametrize.register_parametrization(module, "weight", shared, unsafe=True)
         del shared.right_inverse
+        state[_join(layer.name, "parametrizations.weight.original")] = content.parts[layer.name][0]
     state |= {name: state[owner] for name, owner in content.ties.items() if owner in state}
     model.load_state_dict(state, strict=False, assign=assign)  # _check_fit saw that nothing else is missing
 
