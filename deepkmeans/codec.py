@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PRECISION', 'MAX_K', 'DTYPES', 'DTYPE_NAMES', 'ARRAYS', 'MAX_HEADER', 'VERSION', 'FLOATS', 'CODEBOOK_DTYPES',
            'MAX_DENSE', 'MAX_RATIO', 'CompressedFileError', 'histogram_bytes', 'histogram_weights', 'frequencies',
-           'pack_codes', 'unpack_codes', 'StoredLayer', 'file_bytes', 'save_compressed', 'Content', 'load_compressed',
-           'decompress', 'FileReport', 'inspect', 'report', 'file_rows']
+           'pack_codes', 'unpack_codes', 'StoredLayer', 'file_bytes', 'save_compressed', 'write_file', 'Content',
+           'load_compressed', 'decompress', 'FileReport', 'inspect', 'report', 'file_rows']
 
 # %% ../nbs/06_codec.ipynb #imports
 import json
@@ -172,6 +172,8 @@ def _open_container(data): # uint8 array → metadata, {name: uint8 array}
     head, body = data[:8 + length], data[8 + length:]
     header = _json(head[8:].tobytes(), dict)
     metadata, arrays, at = header.pop("__metadata__", None), {}, 0
+    _need(isinstance(metadata, dict) and metadata.get("format") == "deepkmeans", "this is no deepkmeans file")
+    _need(metadata.get("version") == VERSION, f"version {metadata.get('version')!r} of the format is not known; this reader knows {VERSION!r}")
     for name, entry in header.items():
         size = DTYPES[_array_dtype(name)].itemsize
         count = entry.get("shape", [None])[0] if isinstance(entry, dict) and isinstance(entry.get("shape"), list) and entry["shape"] else None
@@ -183,8 +185,6 @@ def _open_container(data): # uint8 array → metadata, {name: uint8 array}
     _need(len(sums) == 4 * (len(arrays) + 1), "the list of checksums has a wrong length")
     for name, part, wanted in zip(("header", *arrays), (head, *arrays.values()), sums.copy().view("<u4").tolist()):
         _need(zlib.crc32(part) == wanted, f"{name} does not match its checksum")
-    _need(isinstance(metadata, dict) and metadata.get("format") == "deepkmeans", "this is no deepkmeans file")
-    _need(metadata.get("version") == VERSION, f"version {metadata.get('version')!r} of the format is not known; this reader knows {VERSION!r}")
     return metadata, arrays
 
 
@@ -350,11 +350,16 @@ def save_compressed(
     is another network; `OSError` when the file cannot be written; an old file is then still there. Warns when the network was changed so that the file cannot name its architecture.
     """
     data = file_bytes(model, codebook_dtype=codebook_dtype, architecture=architecture)
-    _write(Path(path).resolve(), data)
+    write_file(path, data)
     return len(data)
 
 
-def _write(path, data):
+def write_file(
+    path, # the file to write
+    data, # its content, bytes
+):
+    """Write a file in one step: a failure leaves the old one, or none."""
+    path = Path(path).resolve()
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         with open(part, "xb") as file:

@@ -251,7 +251,7 @@ def _torchvision(name, num_classes, seed=0, **options):
     from torchvision import models
     short = name.removeprefix("torchvision:")
     if short not in models.list_models(module=models):
-        raise ValueError(f"name={name!r} is none of torchvision's classifiers: {', '.join(models.list_models(module=models))}")
+        raise ValueError(f"name={name!r} must be one of {', '.join(MODELS)}, or a classifier that torchvision.models.list_models() lists")
     with _seeded(seed):
         model = models.get_model(short, weights=None, num_classes=num_classes, **options)
     model.architecture = {"name": name, "num_classes": num_classes, **options}

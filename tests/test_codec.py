@@ -167,7 +167,7 @@ def test_a_file_does_not_enter_another_network(tmp_path):
         assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
 
 
-@pytest.mark.parametrize("path, problem", [("missing.dkm", "is no file"), (".", "is no file"), ("empty.dkm", "does not fit"), ("text.dkm", "does not fit"), ("other.dkm", "checksums")])
+@pytest.mark.parametrize("path, problem", [("missing.dkm", "is no file"), (".", "is no file"), ("empty.dkm", "does not fit"), ("text.dkm", "does not fit"), ("other.dkm", "no deepkmeans file")])
 def test_other_files_are_refused_in_one_line(path, problem, tmp_path):
     from safetensors.torch import save_file
     (tmp_path / "empty.dkm").touch(), (tmp_path / "text.dkm").write_text("not a network at all")
