@@ -67,7 +67,8 @@ def _watch(model, input_shape):
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             _forward(model, input_shape)
     except (RuntimeError, TypeError, IndexError) as error:
-        raise ValueError(f"input_shape={_brief(input_shape)}: the network does not run on it ({str(error).splitlines()[0]})") from error
+        raise ValueError(f"input_shape={_brief(input_shape)}: the network does not run on it ({str(error).splitlines()[0]}); "
+                         "one that looks at the values of its input needs a tensor in place of a shape") from error
     finally:
         for hook in hooks:
             hook.remove()
