@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 from deepkmeans.accounting import CompressionReport, compression
 from deepkmeans.codec import CompressedFileError, FileReport, decompress, inspect, load_compressed, save_compressed
 from deepkmeans.data import Data, Loader, load, loaders
+from deepkmeans.energy import EnergyReport, energy, full_adders
 from deepkmeans.kmeans import Clustering, KMeans, decode, encode, kmeans
 from deepkmeans.models import alexnet, build, freshnet_cnn, googlenet, lenet5, tt_conv_cnn, wide_resnet
 from deepkmeans.regularizer import Regularizer
