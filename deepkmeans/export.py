@@ -71,14 +71,21 @@ def to_onnx(
     proto = _export(dense, (2, *input_shape[1:]), opset)
     nodes = [node for layer, shared in shared_layers(model).items()
              for node in _weight_nodes(proto.graph, layer, shared, dense.get_submodule(layer).weight.detach(), opset)]
-    others = list(proto.graph.node)
+    nodes += _plain(proto)
     del proto.graph.node[:]
-    proto.graph.node.extend(nodes + others)
+    proto.graph.node.extend(nodes)
     onnx.checker.check_model(proto)
     part = Path(f"{path}.part")
     part.write_bytes(proto.SerializeToString())
     os.replace(part, path)
     return Path(path)
+
+
+def _plain(proto):  # the nodes without what torch notes about the source code (kilobytes, with paths of this machine)
+    for part in (proto, proto.graph, *proto.graph.node, *proto.graph.value_info, *proto.graph.input, *proto.graph.output, *proto.graph.initializer):
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
+    return list(proto.graph.node)
 
 
 def _onnx():
