@@ -54,13 +54,13 @@ def test_no_list_of_k_that_is_as_small_loses_less(measured):
     plan = dk.allocate(net, 6, curves=curves)
     loss, bits = relative_loss(net, plan)
     draw, smaller = random.Random(0), 0
-    for _ in range(25):
+    for _ in range(12):
         other = {name: dk.LayerPlan(k=max(2, round(p.k * draw.uniform(0.6, 1.3))), sparsity=p.sparsity) for name, p in plan.items()}
         its_loss, its_bits = relative_loss(net, other)
         if its_bits <= bits:
             smaller += 1
             assert its_loss > 0.97 * loss, (other, its_loss, loss)
-    assert smaller >= 3
+    assert smaller >= 2
 
 
 def test_floors_and_layers_left_out_are_kept(measured):
@@ -69,7 +69,8 @@ def test_floors_and_layers_left_out_are_kept(measured):
     plan = dk.allocate(net, 5, curves=curves, first=9, last=0.5)
     for name, least in ((names[0], 9), (names[-1], round(0.5 * curves[names[-1]].n))):
         assert name not in plan or plan[name].k >= least and plan[name].sparsity == 0
-    assert names[1] not in dk.allocate(net, 2, exclude=[names[1]])
+    small = vgg_like()
+    assert "3" not in dk.allocate(small, 2, exclude=["3"]) and "3" in dk.allocate(small, 4)
 
 
 def test_the_sensitive_layer_gets_more_with_data_than_without():
