@@ -248,7 +248,7 @@ def allocate(
     first=None, # the least clusters of the first layer: a k (int) or a rate (float); nothing is pinned there
     last=None, # likewise for the last
     curves=None, # what `layer_curves` measured; None: measure now, with the other options
-    coding="entropy", # how `compression` counts the indexes
+    coding="entropy", # how `compression` counts, any coding that it knows
     seed=0, # seed of the k-means, that which `share` is to be given
     backend="auto", # its back end
     **measuring, # layout, sparsity, include, exclude, images, progress of `layer_curves`
