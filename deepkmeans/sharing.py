@@ -256,5 +256,11 @@ def unshare(
     """Bake codebook[codes] into ordinary dense weights; the network computes what it did before."""
     modules = dict(model.named_modules())
     for name in shared_layers(model):
+        _own_class(modules[name])
         parametrize.remove_parametrizations(modules[name], "weight", leave_parametrized=True)
     return model
+
+
+def _own_class(module):  # a deep copy has the class of its original, from which torch would take the property `weight`
+    cls = type(module)
+    module.__class__ = type(cls.__name__, cls.__bases__, dict(cls.__dict__))
