@@ -10,7 +10,9 @@ __version__ = "0.1.0"
 
 # %% ../nbs/index.ipynb #names
 from deepkmeans.accounting import CompressionReport, compression
+from deepkmeans.car import greedy, reductions, remove_filters
 from deepkmeans.data import Data, Loader, load, loaders
+from deepkmeans.experiments import collect, paper_numbers, reproduce, run
 from deepkmeans.kmeans import Clustering, KMeans, decode, encode, kmeans
 from deepkmeans.models import alexnet, build, freshnet_cnn, googlenet, lenet5, tt_conv_cnn, wide_resnet
 from deepkmeans.regularizer import Regularizer
