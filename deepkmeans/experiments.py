@@ -118,7 +118,7 @@ def save_record(
     """Write `folder/record.json`, whole or not at all."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    part = folder / "record.json.part"
+    part = folder / f"record.json.{os.getpid()}.part"
     part.write_text(json.dumps(record, indent=1, sort_keys=True, allow_nan=False) + "\n")
     os.replace(part, folder / "record.json")
 
