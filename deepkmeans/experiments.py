@@ -8,6 +8,7 @@ __all__ = ['PLACES', 'REPRODUCIBLE', 'UserError', 'user_errors', 'given_paramete
            'paper_numbers', 'repository', 'reproduce', 'gallery']
 
 # %% ../nbs/30_experiments.ipynb #imports
+import csv
 import hashlib
 import json
 import os
@@ -384,9 +385,19 @@ def _section(root, notebook, paths):
     heading, claim = (next((line[len(mark):] for line in text.splitlines() if line.startswith(mark)), notebook.stem) for mark in ("# ", "> "))
     where = notebook.relative_to(root).as_posix()
     command = f"deepkmeans reproduce {notebook.stem}" if "paper" in notebook.parts else f"papermill {where}"
-    shown = [f"![{p.stem}]({p.name})" for p in paths if p.suffix == ".png"]
+    shown = [text for p in paths if (text := _shown(p))]
     listed = "- files: " + ", ".join(f"[{p.name}]({p.name})" for p in paths)
     return "\n\n".join([f"## {heading}", claim, *shown, "\n".join([f"- notebook: [{where}](../{where}); command: `{command}`", listed, *(_provenance(p) for p in paths if p.suffix == ".jsonl")])])
+
+
+def _shown(path):  # a picture, a rendered table, or a table that is short enough
+    if path.suffix == ".png":
+        return f"![{path.stem}]({path.name})"
+    if path.suffix == ".md":
+        return path.read_text().strip()
+    lines = list(csv.reader(path.read_text().splitlines())) if path.suffix == ".csv" else []
+    if 1 < len(lines) <= 25:
+        return "\n".join("| " + " | ".join(line) + " |" for line in (lines[0], ["---"] * len(lines[0]), *lines[1:]))
 
 
 def _provenance(path):

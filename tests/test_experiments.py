@@ -9,7 +9,7 @@ import pytest
 
 from deepkmeans import experiments as ex
 
-QUICK = dict(data="digits", baseline_epochs=3, epochs=2, car_batches=1)
+QUICK = dict(data="digits", baseline_epochs=2, epochs=1)
 SUITE = [{**QUICK, "method": "deep-k-means", "layer": "conv1", "sizes": [k]} for k in (2, 4, 8)]
 RUNNER = "import json, sys; from deepkmeans.experiments import run; run(sys.argv[1], json.loads(sys.argv[2]), out=sys.argv[3], together='sizes', progress=False)"
 

@@ -36,7 +36,7 @@ def test_cells_have_fixed_meaningful_ids(root):
 
 
 def test_parameterized_notebooks_have_one_parameters_cell(root):
-    for path in [root / "nbs" / "retrain.ipynb", *(root / "nbs" / "paper").glob("*.ipynb")]:
+    for path in [root / "nbs" / "retrain.ipynb", root / "nbs" / "one_layer.ipynb", *(root / "nbs" / "paper").glob("*.ipynb")]:
         assert sum("parameters" in c["metadata"].get("tags", []) for c in cells(path)) == 1, path.name
 
 
