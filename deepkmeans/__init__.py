@@ -19,3 +19,4 @@ from deepkmeans.regularizer import Regularizer
 from deepkmeans.retrain import Accuracy, evaluate, train
 from deepkmeans.rows import from_rows, to_rows
 from deepkmeans.sharing import LayerPlan, SharedWeight, SharingReport, make_plan, share, unshare
+from deepkmeans.sws import Mixture, merged, quantise, train_soft
