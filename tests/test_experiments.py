@@ -9,7 +9,7 @@ import pytest
 
 from deepkmeans import experiments as ex
 
-QUICK = dict(data="digits", baseline_epochs=2, epochs=1)
+QUICK = dict(data="digits", baseline_epochs=2, epochs=3)
 SUITE = [{**QUICK, "method": "deep-k-means", "layer": "conv1", "sizes": [k]} for k in (2, 4, 8)]
 RUNNER = "import json, sys; from deepkmeans.experiments import run; run(sys.argv[1], json.loads(sys.argv[2]), out=sys.argv[3], together='sizes', progress=False)"
 
@@ -32,11 +32,11 @@ def test_a_suite_whose_runner_is_killed_twice_gives_the_same_table(root, tmp_pat
             time.sleep(0.01)
         runner.send_signal(signal.SIGKILL)
         runner.wait()
-        before, end = ex.collect(notebook, SUITE, [store]).made.sum(), time.time() + 10
+        assert len(list(store.glob("*/record.json"))) < len(SUITE), "it ended before it could be killed"
+        end = time.time() + 20
         while alive(str(store)) and time.time() < end:
             time.sleep(0.1)
         assert not alive(str(store)), "a run outlived its runner"
-        assert ex.collect(notebook, SUITE, [store]).made.sum() == before < len(SUITE)
     resumed = ex.run(notebook, SUITE, out=store, together="sizes", progress=False)
     assert resumed.made.all()
     assert table(resumed) == table(ex.run(notebook, SUITE, out=tmp_path / "straight", together="sizes", progress=False))
