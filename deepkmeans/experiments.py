@@ -171,7 +171,7 @@ def execute(
         process.wait()
         process.stdin.close()
     said = [] if show else executed.with_suffix(".log").read_text().strip().splitlines()
-    return "" if process.returncode == 0 else (said or [f"exit code {process.returncode}"])[-1]
+    return "" if process.returncode == 0 else said[-1] if said and process.returncode == 1 else f"exit code {process.returncode}"
 
 # %% ../nbs/30_experiments.ipynb #wanted
 def notebook_parameters(
