@@ -6,7 +6,7 @@ GIVEN := $(filter-out PYTHON,$(foreach v,$(MAKEOVERRIDES),$(firstword $(subst =,
 PARAMETERS = $(foreach v,$(GIVEN),-p $(shell echo $(v) | tr A-Z a-z | sed -E 's/(^|_)k$$/\1K/') '$($(v))')
 ONE_THREAD := OMP_NUM_THREADS=1
 
-.PHONY: retrain test lenet lab export
+.PHONY: retrain test paper lenet lab export
 retrain: .venv
 	@mkdir -p runs
 	$(BIN)/papermill nbs/retrain.ipynb runs/retrain.ipynb --log-output --no-progress-bar $(PARAMETERS)
@@ -17,6 +17,10 @@ test: .venv
 
 lenet: .venv
 	$(BIN)/papermill nbs/paper/lenet_regularizers.ipynb runs/lenet_regularizers.ipynb --log-output --no-progress-bar -p execute True -p save True
+
+# make paper PROTOCOL=smoke|cpu|full SEEDS=3: every notebook of nbs/paper, with the runs that it lacks
+paper: .venv
+	$(BIN)/python -c "from deepkmeans.experiments import reproduce; reproduce('all', '$(or $(PROTOCOL),cpu)', $(or $(SEEDS),None))"
 
 lab: .venv
 	$(BIN)/jupyter lab nbs

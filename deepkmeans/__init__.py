@@ -15,9 +15,12 @@ from deepkmeans.data import Data, Loader, load, loaders
 from deepkmeans.energy import EnergyReport, energy, full_adders
 from deepkmeans.allocate import NAMED_PLANS, allocate, fisher, layer_curves, named_plan
 from deepkmeans.export import to_onnx
+from deepkmeans.car import greedy, reductions, remove_filters
+from deepkmeans.experiments import collect, paper_numbers, reproduce, run
 from deepkmeans.kmeans import Clustering, KMeans, decode, encode, kmeans
 from deepkmeans.models import alexnet, build, freshnet_cnn, googlenet, lenet5, tt_conv_cnn, wide_resnet
 from deepkmeans.regularizer import Regularizer
 from deepkmeans.retrain import Accuracy, evaluate, train
 from deepkmeans.rows import from_rows, to_rows
 from deepkmeans.sharing import LayerPlan, SharedWeight, SharingReport, make_plan, share, unshare
+from deepkmeans.sws import Mixture, merged, quantise, train_soft

@@ -67,7 +67,7 @@ def _save_checkpoint(path, model, optimizer, regularizer, history, settings):
     tensors |= {f"momentum.{i}": optimizer.state[p]["momentum_buffer"]
                 for i, p in enumerate(model.parameters()) if optimizer.state[p].get("momentum_buffer") is not None}
     tensors |= {f"regularizer.{k}": v for k, v in (regularizer.state_dict() if regularizer else {}).items()}
-    part = Path(f"{path}.part")
+    part = Path(f"{path}.{os.getpid()}.part")  # runs that train one baseline at a time must not write one file
     part.parent.mkdir(parents=True, exist_ok=True)
     save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part,
               metadata={"history": json.dumps(history), "settings": json.dumps(settings)})

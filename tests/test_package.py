@@ -36,7 +36,7 @@ def test_cells_have_fixed_meaningful_ids(root):
 
 
 def test_parameterized_notebooks_have_one_parameters_cell(root):
-    for path in [root / "nbs" / "retrain.ipynb", *(root / "nbs" / "paper").glob("*.ipynb")]:
+    for path in [root / "nbs" / "retrain.ipynb", root / "nbs" / "one_layer.ipynb", *(root / "nbs" / "paper").glob("*.ipynb")]:
         assert sum("parameters" in c["metadata"].get("tags", []) for c in cells(path)) == 1, path.name
 
 
@@ -71,7 +71,7 @@ def test_wheel_holds_the_package_and_runs_from_anywhere(root, tmp_path):
     with zipfile.ZipFile(wheel) as file:
         assert {name.split("/")[0] for name in file.namelist()} == {"deepkmeans", wheel.name.split("-py3")[0] + ".dist-info"}
         file.extractall(tmp_path / "site")
-    code = "import deepkmeans, torch; print(deepkmeans.__file__, deepkmeans.to_rows(torch.zeros(2, 1, 3, 3)).shape)"
+    code = "import deepkmeans, torch; print(deepkmeans.__file__, deepkmeans.to_rows(torch.zeros(2, 1, 3, 3)).shape, len(deepkmeans.paper_numbers('table3')))"
     done = subprocess.run([sys.executable, "-P", "-c", code] if sys.version_info >= (3, 11) else [sys.executable, "-c", code],
                           cwd=tmp_path / "dist", env={**os.environ, "PYTHONPATH": str(tmp_path / "site")}, capture_output=True, text=True, check=True)
     assert str(tmp_path / "site") in done.stdout

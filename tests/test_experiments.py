@@ -1,0 +1,95 @@
+"""The store and the runner under rough treatment, on Dask, and behind the notebooks of the paper."""
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from deepkmeans import experiments as ex
+
+QUICK = dict(data="digits", baseline_epochs=2, epochs=3)
+SUITE = [{**QUICK, "method": "deep-k-means", "layer": "conv1", "sizes": [k]} for k in (2, 4, 8)]
+RUNNER = "import json, sys; from deepkmeans.experiments import run; run(sys.argv[1], json.loads(sys.argv[2]), out=sys.argv[3], together='sizes', progress=False)"
+
+
+def table(frame):
+    return frame[[c for c in frame if c != "seconds"]].to_json(orient="records")
+
+
+def alive(word):  # processes that were started with a word on their command line
+    psutil = pytest.importorskip("psutil")
+    return [p.pid for p in psutil.process_iter(["cmdline"]) if any(word in part for part in p.info["cmdline"] or ())]
+
+
+def test_a_suite_whose_runner_is_killed_twice_gives_the_same_table(root, tmp_path):
+    notebook, store = root / "nbs" / "one_layer.ipynb", tmp_path / "killed"
+    for sign in ("baselines/*.safetensors", "*/record.json"):  # within the training of the baseline; after some run
+        runner = subprocess.Popen([sys.executable, "-c", RUNNER, str(notebook), json.dumps(SUITE), str(store)])
+        while not list(store.glob(sign)):
+            assert runner.poll() is None
+            time.sleep(0.01)
+        runner.send_signal(signal.SIGKILL)
+        runner.wait()
+        assert len(list(store.glob("*/record.json"))) < len(SUITE), "it ended before it could be killed"
+        end = time.time() + 20
+        while alive(str(store)) and time.time() < end:
+            time.sleep(0.1)
+        assert not alive(str(store)), "a run outlived its runner"
+    resumed = ex.run(notebook, SUITE, out=store, together="sizes", progress=False)
+    assert resumed.made.all()
+    assert table(resumed) == table(ex.run(notebook, SUITE, out=tmp_path / "straight", together="sizes", progress=False))
+
+
+SMALL = """
+import json, os, pathlib
+from deepkmeans.experiments import run_id, save_record
+if x == 3:
+    raise ValueError("x=3 is not wanted")
+save_record(f"{out}/{run_id(dict(x=x))}", dict(parameters=dict(x=x), y=x * x, pid=os.getpid()))
+"""
+
+
+@pytest.fixture
+def small(tmp_path):
+    import nbformat
+
+    book = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}})
+    book.cells = [nbformat.v4.new_code_cell("x: int = 1\nout: str = 'runs'", metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell(SMALL)]
+    nbformat.write(book, tmp_path / "small.ipynb")
+    return tmp_path / "small.ipynb"
+
+
+def test_the_same_suite_on_dask(small, tmp_path, capsys):
+    distributed = pytest.importorskip("distributed")
+    suite = [dict(x=x) for x in (1, 2, 3)]
+    with distributed.LocalCluster(n_workers=1, threads_per_worker=2, dashboard_address=None) as cluster:
+        assert cluster.scheduler_address.startswith("tcp://")
+        frame = ex.run(small, suite, out=tmp_path / "runs", scheduler=cluster.scheduler_address, progress=False)
+    assert frame.made.tolist() == [True, True, False] and frame.y.tolist()[:2] == [1, 4] and frame.pid.nunique() == 2
+    failed = capsys.readouterr().out
+    assert failed.count("failed: ") == 1 and "notebook.ipynb: ValueError: x=3 is not wanted" in failed
+
+
+def test_figures_1_and_2_at_smoke(root, tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in (root / "figures").iterdir()}
+    (executed,) = ex.reproduce("figure1", "smoke", out=tmp_path, root=root, show=False).values()
+    cells = {c["id"]: "".join(o.get("text", "") if isinstance(o.get("text"), str) else "".join(o.get("text", ())) for o in c.get("outputs", ())) for c in json.loads(executed.read_text())["cells"]}
+    assert "14 of 14 runs are there" in cells["run"]
+    assert cells["verdict-claims"].count("Deep k-Means goes") == 2 and "re-training wins in" in cells["verdict-control"]
+    assert {path: path.stat().st_mtime_ns for path in (root / "figures").iterdir()} == before, "smoke must not touch figures/"
+
+
+def test_committed_records_are_found_by_their_suites(root):
+    for name, notebook in (("lenet_regularizers_cpu", "retrain"), ("figure1_2_lenet_cpu", "one_layer")):
+        records = ex.read_records(root / "figures" / f"{name}.jsonl")
+        assert records and ex.lookup(root / "nbs" / f"{notebook}.ipynb", [r["parameters"] for r in records], [root / "figures" / f"{name}.jsonl"]) == records
+
+
+def test_the_gallery_is_the_generated_one(root, tmp_path):
+    committed = (root / "figures" / "README.md").read_text()
+    try:
+        assert ex.gallery(root).read_text() == committed
+    finally:
+        (root / "figures" / "README.md").write_text(committed)
