@@ -133,7 +133,7 @@ def _energy(args):
     name, channels = model.architecture["name"], model.architecture.get("in_channels", 3)
     side = SIDES.get(name, 224)
     report = _part("energy", "energy")(model, tuple(args.input or (channels, side, side)))
-    return dict(network=name, macs=report.macs, full_adders=report.full_adders, total=report.total, layers=list(report.rows)), f"{report}\n\n{report.layers}"
+    return dict(network=name, macs=report.macs, full_adders=report.full_adders, total=report.total, layers=list(report.rows)), f"{report}\n\n{report.layers.to_string(float_format='{:.4g}'.format)}"
 
 # %% ../nbs/40_cli.ipynb #parser
 EXAMPLES = {
