@@ -10,8 +10,12 @@ __version__ = "0.1.0"
 
 # %% ../nbs/index.ipynb #names
 from deepkmeans.accounting import CompressionReport, compression
-from deepkmeans.car import greedy, reductions, remove_filters
+from deepkmeans.codec import CompressedFileError, FileReport, decompress, inspect, load_compressed, save_compressed
 from deepkmeans.data import Data, Loader, load, loaders
+from deepkmeans.energy import EnergyReport, energy, full_adders
+from deepkmeans.allocate import NAMED_PLANS, allocate, fisher, layer_curves, named_plan
+from deepkmeans.export import to_onnx
+from deepkmeans.car import greedy, reductions, remove_filters
 from deepkmeans.experiments import collect, paper_numbers, reproduce, run
 from deepkmeans.kmeans import Clustering, KMeans, decode, encode, kmeans
 from deepkmeans.models import alexnet, build, freshnet_cnn, googlenet, lenet5, tt_conv_cnn, wide_resnet

@@ -90,15 +90,18 @@ NORM_TYPES = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 def compression(
     model, # a network, shared or not
     *,
-    coding="entropy", # bits of an index: one of CODINGS
+    coding="entropy", # bits of an index: one of CODINGS, or "file": the bytes on disk
     scope="network", # "network", "conv" (convolutions only) or the name of a layer
     biases=True, # count biases?
     batchnorm=False, # count the parameters of normalisation layers?
 ) -> CompressionReport:
     """What the network takes in bits, and how much smaller that is than 32 bits a parameter (paper, sections 2.3 and 4.1).
 
+    With `coding="file"` everything that `save_compressed` would write is counted, in bytes on disk, against the same tensors as they are.
     Raises `ValueError` for an unknown coding or scope, or when nothing is left to count.
     """
+    if coding == "file":
+        return _file_report(model, scope)
     shared, rows = shared_layers(model), []
     for name, module in _counted_modules(model, scope, batchnorm):
         row = _layer_bits(module, shared.get(name), coding, biases)
@@ -129,3 +132,13 @@ def _layer_bits(module, shared, coding, biases):
     indexes = index_bits(shared.counts, coding)
     return dict(k=k, parameters=weights + sum(plain.values()), dense_bits=FLOAT_BITS * weights + kept, codebook_bits=codebook,
                 index_bits=indexes, kept_bits=kept, bits=codebook + indexes + kept)
+
+
+def _file_report(model, scope):
+    from deepkmeans.codec import file_rows
+
+    if scope != "network":
+        raise ValueError(f"scope={scope!r} must be 'network' when coding='file': a file holds the whole network")
+    rows = [dict(layer=row["layer"], k=row["k"], parameters=row["numbers"], dense_bits=8 * row["dense"], codebook_bits=8 * row["codebook"],
+                 index_bits=8 * row["indexes"], kept_bits=8 * row["kept"], bits=8 * (row["codebook"] + row["indexes"] + row["kept"])) for row in file_rows(model)]
+    return CompressionReport(tuple(rows), "file", scope)

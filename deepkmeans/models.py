@@ -8,6 +8,8 @@ __all__ = ['MODELS', 'Enlarge', 'lenet5', 'tt_conv_cnn', 'freshnet_cnn', 'wide_r
 # %% ../nbs/10_models.ipynb #imports
 from collections import OrderedDict
 from contextlib import contextmanager
+from functools import wraps
+from inspect import signature
 
 import torch
 import torch.nn.functional as F
@@ -16,14 +18,24 @@ from torch import nn
 # %% ../nbs/10_models.ipynb #seeded
 @contextmanager
 def _seeded(seed):
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.default_generator.manual_seed(seed)
+    with torch.random.fork_rng(devices=[]), torch.device("meta" if seed is None else "cpu"):
+        torch.default_generator.manual_seed(seed or 0)
         yield
+
+
+def _remembered(builder):
+    @wraps(builder)
+    def remembering(*args, **options):
+        model, given = builder(*args, **options), signature(builder).bind(*args, **options)
+        given.apply_defaults()
+        model.architecture = {"name": builder.__name__} | {k: v for k, v in given.arguments.items() if k != "seed"}
+        return model
+    return remembering
 
 # %% ../nbs/10_models.ipynb #init
 def _initialise(model, weight_rule):
     for module in model.modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and not module.weight.is_meta:
             weight_rule(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
@@ -52,6 +64,7 @@ class Enlarge(nn.Module):
         return f"size={self.size}"
 
 # %% ../nbs/10_models.ipynb #lenet
+@_remembered
 def lenet5(
     num_classes=10, # number of outputs
     in_channels=1, # channels of the images
@@ -80,6 +93,7 @@ def _conv_bn_relu(name, c_in, c_out, padding):
             f"bn{name}": nn.BatchNorm2d(c_out, eps=1e-3), f"relu{name}": nn.ReLU(inplace=True)}
 
 
+@_remembered
 def tt_conv_cnn(
     num_classes=10, # number of outputs
     in_channels=3, # channels of the images
@@ -100,6 +114,7 @@ def tt_conv_cnn(
         return _initialise(model, nn.init.xavier_normal_)
 
 # %% ../nbs/10_models.ipynb #freshnet
+@_remembered
 def freshnet_cnn(
     num_classes=10, # number of outputs
     in_channels=3, # channels of the images
@@ -147,6 +162,7 @@ def _xavier_relu(model):
     return model
 
 # %% ../nbs/10_models.ipynb #wrn
+@_remembered
 def wide_resnet(
     num_classes=10, # number of outputs
     in_channels=3, # channels of the images
@@ -177,6 +193,7 @@ def _only_rgb(in_channels, name):
         raise ValueError(f"in_channels={in_channels} must be 3: {name} is torchvision's network for colour images")
 
 
+@_remembered
 def googlenet(
     num_classes=1000, # number of outputs
     in_channels=3, # only 3
@@ -191,9 +208,10 @@ def googlenet(
     _only_rgb(in_channels, "googlenet")
     from torchvision.models import GoogLeNet
     with _seeded(seed):
-        return GoogLeNet(num_classes, aux_logits=False, transform_input=transform_input, init_weights=True, dropout=dropout)
+        return GoogLeNet(num_classes, aux_logits=False, transform_input=transform_input, init_weights=seed is not None, dropout=dropout)
 
 
+@_remembered
 def alexnet(
     num_classes=1000, # number of outputs
     in_channels=3, # only 3
@@ -214,14 +232,27 @@ MODELS = {builder.__name__: builder for builder in (lenet5, tt_conv_cnn, freshne
 
 
 def build(
-    name, # one of MODELS
+    name, # one of MODELS, or "torchvision:" and the name of one of torchvision's classifiers
     num_classes=10, # number of outputs
     **options, # what the builder of that name takes: in_channels, seed, dropout, depth, ...
 ) -> nn.Module: # (b, c, h, w) → (b, num_classes) logits
     """The network of that name, freshly initialised from `seed` (an option, 0 by default); the global generators stay as they were.
 
-    Raises `ValueError` for an unknown name.
+    With `seed=None` it has no weights, only their shapes, on the meta device. Raises `ValueError` for an unknown name.
     """
+    if str(name).startswith("torchvision:"):
+        return _torchvision(name, num_classes, **options)
     if name not in MODELS:
-        raise ValueError(f"name={name!r} must be one of {', '.join(MODELS)}")
+        raise ValueError(f"name={name!r} must be one of {', '.join(MODELS)}, or torchvision:NAME")
     return MODELS[name](num_classes, **options)
+
+
+def _torchvision(name, num_classes, seed=0, **options):
+    from torchvision import models
+    short = name.removeprefix("torchvision:")
+    if short not in models.list_models(module=models):
+        raise ValueError(f"name={name!r} must be one of {', '.join(MODELS)}, or a classifier that torchvision.models.list_models() lists")
+    with _seeded(seed):
+        model = models.get_model(short, weights=None, num_classes=num_classes, **options)
+    model.architecture = {"name": name, "num_classes": num_classes, **options}
+    return model

@@ -139,8 +139,8 @@ class SharingReport:
 
     @property
     def layers(self):
-        """A pandas frame, one line a layer: n rows of length d, the k that was wanted and reached, sparsity p and the
-        relative distortion ‖W − Ŵ‖²/‖W‖²."""
+        """A pandas frame, one line a layer: n rows of length d, the k that was wanted and reached, sparsity p, the
+        relative distortion ‖W − Ŵ‖²/‖W‖² and 1 − k/n, the weight representational cost saved without indexes (paper, eq. 6 and footnote 3)."""
         import pandas as pd
 
         return pd.DataFrame(self.rows).set_index("layer")
@@ -238,7 +238,8 @@ def _describe(name, weight, plan, clustering):
     rows = to_rows(weight.detach(), plan.layout)
     return dict(layer=name, shape="×".join(map(str, weight.shape)), layout=plan.layout, n=len(rows), d=rows.shape[1],
                 k_wanted=plan.clusters(len(rows)), k=len(clustering.codebook), sparsity=plan.sparsity,
-                distortion=clustering.inertia / max(float(rows.double().square().sum()), 1e-300))
+                distortion=clustering.inertia / max(float(rows.double().square().sum()), 1e-300),
+                weight_saving=1 - len(clustering.codebook) / len(rows))
 
 # %% ../nbs/02_sharing.ipynb #unshare
 def shared_layers(
@@ -255,5 +256,11 @@ def unshare(
     """Bake codebook[codes] into ordinary dense weights; the network computes what it did before."""
     modules = dict(model.named_modules())
     for name in shared_layers(model):
+        _own_class(modules[name])
         parametrize.remove_parametrizations(modules[name], "weight", leave_parametrized=True)
     return model
+
+
+def _own_class(module):  # a deep copy has the class of its original, from which torch would take the property `weight`
+    cls = type(module)
+    module.__class__ = type(cls.__name__, cls.__bases__, dict(cls.__dict__))

@@ -56,6 +56,15 @@ def test_a_run_can_start_from_a_checkpoint(two_runs, papermill, tmp_path):
     assert stages["baseline"] == record["stages"]["baseline"] and set(stages) == {"baseline", "wr", "retrained", "shared"}
 
 
+def test_a_target_ratio_lets_the_allocator_choose(two_runs, papermill, tmp_path):
+    (baseline,) = (two_runs[0][0].parent / "baselines").glob("*.safetensors")
+    done = papermill("nbs/retrain.ipynb", checkpoint=baseline, target_ratio=20, K=3, epochs=1, finetune_epochs=0, out=tmp_path, progress=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    folder, record = only_run(tmp_path)
+    assert abs(record["stages"]["wr"]["ratio"]["network"]["entropy"] / 20 - 1) < 0.01
+    assert len({layer["k_wanted"] for layer in record["layers"]}) > 1 and "K=3, rate=0 and sparsity=0 are ignored" in done.stdout
+
+
 @pytest.mark.parametrize("parameters, message", [
     (dict(KK=4), "there is no parameter 'KK'; did you mean K?"),
     (dict(K=-1), "K=-1 must be at least 1"),
@@ -64,7 +73,7 @@ def test_a_run_can_start_from_a_checkpoint(two_runs, papermill, tmp_path):
     (dict(model="lenet6"), "must be one of lenet5"),
     (dict(kind="soft"), "kind='soft' must be one of indicator"),
     (dict(data="mnist", data_root="/nowhere"), "mnist was not found"),
-    (dict(target_ratio=45), "needs the allocator"),
+    (dict(target_ratio=0.5), "target_ratio=0.5 must be above 1"),
 ])
 def test_nonsense_ends_in_one_line_and_writes_nothing(papermill, tmp_path, monkeypatch, parameters, message):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

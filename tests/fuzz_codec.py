@@ -1,0 +1,192 @@
+"""Attacks on the reader of compressed files. `python tests/fuzz_codec.py 100000 figures/codec_fuzz.json` makes so many and writes what became of them."""
+import json
+import random
+import resource
+import sys
+import zlib
+from collections import Counter
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import process_time
+
+import torch
+import torch.nn as nn
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+
+from deepkmeans import build, make_plan, share
+from deepkmeans.codec import CompressedFileError, decompress, file_bytes, inspect, load_compressed
+from deepkmeans.sharing import shared_layers
+
+MIB, SECONDS = 64, 1.0
+NASTY = [0, 1, -1, 2, 3, 7, 255, 2**16, 2**24, 2**31 - 1, 2**31, 2**32, 2**40, 2**63, 2**64, 10**30, -2**63, 0.5, 1e308, float("nan"), True, None, "", "F64", "F16", "U8",
+         "BOOL", "row", "kernel", "conv1", "alexnet", "googlenet", "wide_resnet", "torchvision:vit_h_14", "__metadata__", "checksums", [], [[]], {}, [0], [2**40, 2**40], [1] * 9]
+
+
+def tied(): # a network with two names for one layer, a pinned and a float16 codebook and an integer buffer
+    net = nn.Sequential(nn.Conv2d(2, 6, 3, bias=False), nn.BatchNorm2d(6), nn.Conv2d(6, 6, 3, groups=2), nn.Flatten(), nn.Linear(6, 2))
+    net.append(net[2])
+    return net
+
+
+def targets(): # [(bytes of a good file, network to read it into or None)]
+    small = build("wide_resnet", 2, in_channels=1, depth=10, widen=1)
+    share(small, make_plan(small, k=6, sparsity=.3))
+    lone = tied()
+    share(lone, make_plan(lone, k=5, sparsity=.4))
+    return [(file_bytes(lone, codebook_dtype="float16"), tied()), (file_bytes(small), None)]
+
+
+def split(data): # → header as a dict with its tables decoded, body
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:8 + length])
+    header["__metadata__"] = {k: json.loads(v) if v[:1] in "[{" else v for k, v in header["__metadata__"].items()}
+    return header, data[8 + length:]
+
+
+def joined(header, body): # the file again, its checksums made right where they can be found
+    header = dict(header)
+    if isinstance(header.get("__metadata__"), dict):
+        header["__metadata__"] = {k: json.dumps(v) if isinstance(v, (list, dict)) else v for k, v in header["__metadata__"].items()}
+    text = json.dumps(header).encode()
+    head = len(text).to_bytes(8, "little") + text
+    try:
+        spans = {name: slice(*entry["data_offsets"]) for name, entry in header.items() if name != "__metadata__"}
+        place = spans.pop("checksums")
+        sums = b"".join(zlib.crc32(part).to_bytes(4, "little") for part in (head, *(body[span] for span in spans.values())))
+        body = body[:place.start] + sums + body[place.start + len(sums):]
+    except (KeyError, TypeError, AttributeError):
+        pass
+    return head + body
+
+
+def places(node): # all (container, key) of a JSON tree
+    for key in list(node) if isinstance(node, dict) else range(len(node)):
+        yield node, key
+        if isinstance(node[key], (dict, list)):
+            yield from places(node[key])
+
+
+def flip(data, rng):
+    data = bytearray(data)
+    for _ in range(rng.randint(1, 8)):
+        data[rng.randrange(len(data))] ^= rng.randint(1, 255)
+    return bytes(data)
+
+
+def cut(data, rng):
+    return data[:rng.randrange(len(data))] if rng.random() < .8 else data + rng.randbytes(rng.randint(1, 99))
+
+
+def splice(data, rng):
+    (a, b), (c, d) = (sorted(rng.sample(range(len(data)), 2)) for _ in range(2))
+    return data[:a] + data[c:d] + data[b:]
+
+
+def length(data, rng):
+    return rng.choice([rng.randbytes(8), (int.from_bytes(data[:8], "little") + rng.randint(-99, 99)).to_bytes(8, "little", signed=True)]) + data[8:]
+
+
+def field(data, rng): # another value in the header or its tables, sealed
+    header, body = split(data)
+    for _ in range(rng.randint(1, 2)):
+        container, key = rng.choice(list(places(header)))
+        if rng.random() < .1:
+            del container[key]
+        else:
+            container[key] = rng.choice(NASTY) if rng.random() < .6 or not isinstance(container[key], int) else container[key] + rng.choice([-1, 1, 8, 4096])
+    return joined(header, body)
+
+
+def swap(data, rng): # two fields of the header exchanged, sealed
+    header, body = split(data)
+    (a, i), (b, j) = (rng.choice(list(places(header))) for _ in range(2))
+    a[i], b[j] = b[j], a[i]
+    try:
+        return joined(header, body)
+    except (ValueError, RecursionError):  # one holds the other: a cycle has no JSON
+        return flip(data, rng)
+
+
+def offsets(data, rng): # arrays that overlap, run in circles or reach beyond the file, sealed
+    header, body = split(data)
+    names = [name for name in header if name != "__metadata__"]
+    ends = [offset for name in names for offset in header[name]["data_offsets"]] + [len(body), len(body) + 1, 2**40, -1]
+    for name in rng.sample(names, rng.randint(1, len(names))):
+        header[name]["data_offsets"] = [rng.choice(ends), rng.choice(ends)]
+    if rng.random() < .5:
+        header = dict(rng.sample(list(header.items()), len(header)))
+    return joined(header, body)
+
+
+def content(data, rng): # other bytes in the arrays, sealed
+    header, body = split(data)
+    return joined(header, flip(body, rng))
+
+
+DAMAGE, FORGERY = (flip, cut, splice, length), (field, swap, offsets, content)
+
+
+def read(path, model): # everything that a reader can do
+    load_compressed(path, model)
+    inspect(path)
+    decompress(path)
+
+
+def attack(kind, data, model, rng, path, made): # → "refused" or "read", seconds
+    bad = kind(data, rng)
+    made.add(zlib.crc32(bad) << 32 | zlib.adler32(bad))
+    path.write_bytes(bad)
+    virtual = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (virtual + MIB * 2**20, resource.RLIM_INFINITY))
+    start = process_time()
+    try:
+        read(path, model)
+        outcome = "read"
+    except CompressedFileError:
+        outcome = "refused"
+    finally:
+        seconds = process_time() - start
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert outcome == "refused" or kind in FORGERY or bad == data, f"{kind.__name__}: damage was not noticed"
+    assert seconds < SECONDS, f"{kind.__name__}: {seconds:.2f} s"
+    return outcome, seconds
+
+
+def fuzz(count, batch=250): # → record
+    torch.set_num_threads(1)
+    found, slowest, files, made, first = Counter(), 0.0, targets(), set(), 0
+    build("googlenet", seed=None), build("torchvision:vit_h_14", seed=None)  # what is imported at first use takes its time once
+    with TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
+        path = Path(folder) / "bad.dkm"
+        for data, model in files:
+            path.write_bytes(data)
+            read(path, None if model is None else tied())
+
+        def one(kind, which, number):
+            nonlocal slowest
+            data, model = files[which]
+            outcome, seconds = attack(kind, data, model, random.Random(number), path, made)
+            if model is not None and shared_layers(model):  # only a file that was read may have touched it
+                assert outcome == "read"
+                files[which] = data, tied()
+            found[kind.__name__, outcome] += 1
+            slowest = max(slowest, seconds)
+
+        strategies = (st.sampled_from(DAMAGE + FORGERY), st.sampled_from([0, 0, 0, 1]), st.integers(0, 2**64))
+        while len(made) < count:  # a new search each time: a long one would remember all that it tried
+            first += 1
+            options = settings(max_examples=batch, database=None, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+            seed(first)(options(given(*strategies)(one)))()
+            if first % 20 == 0:
+                print(f"{len(made)} files, slowest {slowest:.3f} s", flush=True)
+    kinds = {kind.__name__: {outcome: found[kind.__name__, outcome] for outcome in ("refused", "read")} for kind in DAMAGE + FORGERY}
+    return {"files": len(made), "attacks": sum(found.values()), "kinds": kinds, "slowest_seconds": round(slowest, 3), "memory_mib": MIB, "bytes_of_the_good_files": [len(data) for data, _ in files]}
+
+
+if __name__ == "__main__":
+    record = fuzz(int(sys.argv[1]))
+    text = json.dumps(record, indent=1)
+    if len(sys.argv) > 2:
+        Path(sys.argv[2]).write_text(text + "\n")
+    print(text)

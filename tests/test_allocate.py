@@ -1,0 +1,107 @@
+"""The allocator on whole networks: it reaches what it is asked for, repeats itself, and what it did not choose is worse."""
+import copy
+import random
+
+import pytest
+import torch
+import torch.nn as nn
+
+import deepkmeans as dk
+
+
+def vgg_like():
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3, groups=4), nn.ReLU(),
+                         nn.Conv2d(32, 64, 1), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(256, 40), nn.Linear(40, 10))
+
+
+NETWORKS = {"lenet5": lambda: dk.build("lenet5", image_size=16), "vgg-like": vgg_like, "wide_resnet": lambda: dk.build("wide_resnet", depth=10, widen=1)}
+
+
+@pytest.fixture(scope="module", params=NETWORKS)
+def measured(request):
+    net = NETWORKS[request.param]()
+    return net, dk.layer_curves(net)
+
+
+@pytest.mark.parametrize("target", [1.3, 4, 11.5])
+def test_the_shared_network_has_the_wanted_ratio(measured, target):
+    net, curves = measured
+    state = copy.deepcopy(net.state_dict())
+    plan = dk.allocate(net, target, curves=curves)
+    assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
+    shared = copy.deepcopy(net)
+    dk.share(shared, plan)
+    assert dk.compression(shared).ratio == pytest.approx(target, rel=0.01)
+
+
+def test_the_same_call_gives_the_same_plan():
+    data = [(torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1)), None)]
+    plans = [dk.allocate(vgg_like(), 9, data) for _ in range(2)]
+    assert plans[0] == plans[1] and plans[0] != dk.allocate(vgg_like(), 9)
+
+
+def relative_loss(net, plan):
+    shared = copy.deepcopy(net)
+    dk.share(shared, plan)
+    weights = [(net.get_submodule(name).weight.detach(), shared.get_submodule(name).weight.detach()) for name in plan]
+    left = torch.tensor([1 - float((a - b).square().sum() / a.square().sum()) for a, b in weights])
+    return float(-left.clamp(min=1e-9).log().sum()), dk.compression(shared).bits
+
+
+def test_no_list_of_k_that_is_as_small_loses_less(measured):
+    net, curves = measured
+    plan = dk.allocate(net, 6, curves=curves)
+    loss, bits = relative_loss(net, plan)
+    draw, smaller = random.Random(0), 0
+    for _ in range(12):
+        other = {name: dk.LayerPlan(k=max(2, round(p.k * draw.uniform(0.6, 1.3))), sparsity=p.sparsity) for name, p in plan.items()}
+        its_loss, its_bits = relative_loss(net, other)
+        if its_bits <= bits:
+            smaller += 1
+            assert its_loss > 0.97 * loss, (other, its_loss, loss)
+    assert smaller >= 2
+
+
+def test_floors_and_layers_left_out_are_kept(measured):
+    net, curves = measured
+    names = list(curves)
+    plan = dk.allocate(net, 5, curves=curves, first=9, last=0.5)
+    for name, least in ((names[0], 9), (names[-1], round(0.5 * curves[names[-1]].n))):
+        assert name not in plan or plan[name].k >= least and plan[name].sparsity == 0
+    small = vgg_like()
+    assert "3" not in dk.allocate(small, 2, exclude=["3"]) and "3" in dk.allocate(small, 4)
+
+
+def test_the_sensitive_layer_gets_more_with_data_than_without():
+    net = vgg_like().eval()
+    data = [(torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(1)), None)]
+    information = dk.fisher(net, data, ["0", "8"])
+    assert all(f.shape == net.get_submodule(name).weight.shape and (f >= 0).all() for name, f in information.items())
+    with torch.no_grad():  # scaling the last layer up scales the information of all before it
+        net[9].weight *= 5
+    louder = dk.fisher(net, data, ["0", "8"])
+    assert louder["0"].sum() > information["0"].sum()
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (dict(target_ratio=0.9), "target_ratio=0.9 must be above 1"),
+    (dict(target_ratio=1e5), "target_ratio=100000.0 must be above 1 and at most"),
+    (dict(target_ratio=4, exclude=["conv"]), "no layer is called 'conv'"),
+    (dict(target_ratio=4, data=[]), "loader gives no images"),
+    (dict(target_ratio=4, layout="rows"), "layout='rows' must be one of"),
+])
+def test_errors_name_argument_value_and_bound(wrong, message):
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        dk.allocate(vgg_like(), **wrong)
+
+
+def test_the_paper_s_lists_fit_its_network_only():
+    for name in dk.NAMED_PLANS:
+        net = dk.build("wide_resnet")
+        plan = dk.named_plan(name, net)
+        assert len(plan) == 16 and plan["stage3.b2.conv2"] == dk.LayerPlan(k=7, sparsity=0.9)
+    with pytest.raises(ValueError, match="16 entries for 10 layers"):
+        dk.named_plan("wrn-45", dk.build("wide_resnet", depth=10))
+    with pytest.raises(ValueError, match="wrn-46"):
+        dk.named_plan("wrn-46", dk.build("wide_resnet"))

@@ -1,0 +1,143 @@
+"""Energy reports against PyTorch's own counter, on hostile networks, from the command line, and against nn-dataflow where it is installed."""
+import copy
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from torch import nn
+from torch.nn.utils import prune
+
+import deepkmeans as dk
+from deepkmeans.cli import main
+from deepkmeans.energy import LEVELS, eyeriss_accesses, reuse_operations
+
+
+def on_meta(name, **options):
+    import torchvision
+
+    with torch.device("meta"):
+        return getattr(torchvision.models, name)(**options)
+
+
+def test_resnet50_takes_less_than_two_seconds():
+    net = on_meta("resnet50")
+    dk.energy(net, (3, 64, 64))  # what PyTorch imports at its first use
+    start = time.process_time()
+    report = dk.energy(net, (3, 224, 224))
+    assert time.process_time() - start < 2 and report.macs == 4_089_184_256
+
+
+def test_a_network_of_a_terabyte_costs_no_memory():
+    with torch.device("meta"):
+        net = nn.Sequential(nn.Linear(2 ** 19, 2 ** 19))
+    assert dk.energy(net, (2 ** 19,)).total == 7 * 2 ** 38
+
+
+def test_the_network_is_left_as_it_was():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Dropout(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8 * 64, 10)).train()
+    net[2].eval()
+    prune.l1_unstructured(net[3], "weight", 0.5)
+    before, modes, random = copy.deepcopy(net.state_dict()), [m.training for m in net.modules()], torch.get_rng_state()
+    for image in ((3, 12, 12), torch.zeros(2, 3, 12, 12)):
+        report = dk.energy(net, image)
+        assert report.layers.density.tolist() == [1, 0.5, 1]
+    with pytest.raises(ValueError, match=r"input_shape=\(4, 12, 12\)"):
+        dk.energy(net, (4, 12, 12))
+    assert modes == [m.training for m in net.modules()] and torch.equal(random, torch.get_rng_state())
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    assert not net[3].weight.is_meta and not any(m._forward_hooks for m in net.modules())
+
+
+def test_a_layer_used_twice_counts_twice_and_an_unused_one_is_named():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.spare, self.attention = nn.Conv2d(4, 4, 3, padding=1), nn.Linear(3, 3), nn.MultiheadAttention(4, 1, batch_first=True)
+
+        def forward(self, x):
+            y = self.conv(self.conv(input=x)).flatten(2).mT
+            return y @ y.mT
+
+    once, report = dk.energy(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1)), (4, 6, 6)), dk.energy(Net(), (4, 6, 6))
+    assert report.macs == 2 * once.macs and report.total == 2 * once.total and report.outside_macs == 36 * 36 * 4
+    assert report.skipped["spare"] == "not called in the forward pass" and "neither" in report.skipped["attention"]
+    assert "not counted: 3 layers, 5,184 MACs" in str(report)
+
+
+def test_a_pinned_zero_cluster_counts_as_pruned():
+    net = dk.build("lenet5", seed=0)
+    dk.share(net, {"conv2": dk.LayerPlan(k=8, sparsity=0.5)})
+    dense, sparse = (dk.energy(n, (1, 28, 28)).layers.loc["conv2"] for n in (dk.build("lenet5", seed=0), net))
+    assert sparse.density == 0.5 and sparse.activations == dense.activations / 2 and sparse.full_adders == dense.full_adders / 2
+    assert sparse.stored_bits == 16 * 8 * 5 + 3 * 5000
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(0, 2), st.integers(1, 2), st.integers(1, 2), st.sampled_from([1, 2, 3]), st.booleans())
+def test_macs_are_those_of_pytorch_counter(c, m, s, stride, padding, dilation, groups, axes, transposed):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    kind = getattr(nn, f"Conv{'Transpose' * transposed}{axes}d")
+    net = nn.Sequential(kind(c * groups, m * groups, s, stride=stride, padding=padding * (not transposed), dilation=dilation, groups=groups))
+    image = torch.zeros(2, c * groups, *(9, 8, 7)[:axes])
+    with FlopCounterMode(display=False) as counter:
+        net(image)
+    assert dk.energy(net, image).macs == counter.get_total_flops() // 2
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(2, 5), st.integers(1, 3), st.sampled_from(["scalar", "row", "kernel", "filter"]))
+def test_reuse_with_a_centre_for_each_row_saves_nothing(c, m, s, stride, layout):
+    layer = nn.Conv2d(c, m, s, stride=stride)
+    output = layer(torch.zeros(1, c, 11, 12)).shape
+    rows = len(dk.to_rows(layer.weight, layout))
+    one, all_rows = reuse_operations(layer, output, 1, layout), reuse_operations(layer, output, rows, layout)
+    assert all_rows[0] >= output.numel() * c * s * s and all_rows[0] == rows * one[0]  # each product of the dense layer is among them
+
+
+def test_command_line_writes_table_and_picture(tmp_path, capsys):
+    words = f"energy resnet18 --input 3 64 64 --k 16 --csv {tmp_path / 'e.csv'} --figure {tmp_path / 'e.png'}"
+    assert main(words.split()) == 0
+    frame = pd.read_csv(tmp_path / "e.csv", index_col="layer")
+    assert len(frame) == 21 and (tmp_path / "e.png").stat().st_size > 5000 and "MAC units" in capsys.readouterr().out
+    assert main("energy resnet18 --input 3 64 64 --k 0".split()) == 2
+
+
+def test_command_is_installed(tmp_path):
+    command = Path(sys.executable).parent / "deepkmeans"
+    if not command.exists():
+        pytest.skip("the package was installed before it had a command; pip install -e . again")
+    done = subprocess.run([command, "energy", "lenet5", "--input", "1", "28", "28"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "1.605e+07 MAC units for 2.293e+06 MACs" in done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def reference(root):
+    return pd.read_csv(root / "figures" / "energy_reference_nn_dataflow.csv", comment="#")
+
+
+def test_the_table_is_that_of_the_layers(reference):
+    assert (reference.macs == reference.groups * reference.c * reference.m * reference.kernel ** 2 * reference.side ** 2).all()
+    assert (abs(reference["RF W"] / (reference.batch * reference.macs) - 1) < 1e-6).all()  # a MAC reads one weight
+
+
+def test_nn_dataflow_gives_the_committed_accesses(reference):
+    pytest.importorskip("nn_dataflow", reason="optional: pip install 'deepkmeans[energy-ref]', then pip install --no-deps nn-dataflow==2.1")
+    for network, layer in (("AlexNet", "3"), ("GoogLeNet", "inception3a.branch3.1.conv")):
+        row = reference[(reference.network == network) & (reference.layer == layer) & (reference.batch == 4)].iloc[0]
+        found = eyeriss_accesses(*(int(row[k]) for k in ("c", "m", "side", "kernel", "stride", "batch")))
+        assert set(found) == {f"{level} {t}" for level in LEVELS for t in "WIO"}
+        assert all(abs(row.groups * n - row[key]) <= 1e-8 * max(1, row[key]) for key, n in found.items())
+
+
+def test_the_conclusion_stands_in_the_committed_tables(root):
+    grid = pd.read_csv(root / "figures" / "energy_metrics_grid.csv")
+    plain = grid[grid.metric == "codebook"]
+    assert (abs(plain.rates - plain.rate_alone) < 1e-4).all()  # the control is as good
+    savings = pd.read_csv(root / "figures" / "energy_metrics_savings.csv")
+    assert (savings.metric > 2 * savings["nn-dataflow"]).all() and (savings["nn-dataflow, decoded before the registers"] < 0.1).all()

@@ -1,0 +1,63 @@
+"""Shared networks in other runtimes: the same outputs, a small file, nothing baked in."""
+import copy
+
+import pytest
+import torch
+import torch.nn as nn
+
+import deepkmeans as dk
+
+onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+
+def odd():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, (3, 1), dilation=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=4, padding=1), nn.Conv2d(8, 4, 1),
+                         nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 5)).eval()
+
+
+NETWORKS = {"wide_resnet": lambda: dk.build("wide_resnet", depth=10, widen=2).eval(), "odd": odd}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("layout", ["row", "kernel"])
+def test_onnxruntime_computes_what_torch_does(name, layout, tmp_path):
+    net = NETWORKS[name]()
+    dense = dk.to_onnx(net, tmp_path / "dense.onnx", (1, 3, 32, 32)).stat().st_size
+    dk.share(net, dk.make_plan(net, k=7, sparsity=0.4, layout=layout, include=(nn.Conv2d, nn.Linear)))
+    before = copy.deepcopy(net.state_dict())
+    path = dk.to_onnx(net, tmp_path / "shared.onnx", (1, 3, 32, 32))
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    session = onnxruntime.InferenceSession(str(path))
+    for images in (1, 5):
+        x = torch.randn(images, 3, 32, 32, generator=torch.Generator().manual_seed(images))
+        (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        with torch.no_grad():
+            assert torch.allclose(torch.from_numpy(y), net(x), atol=1e-4, rtol=1e-4)
+    graph = onnx.load(path).graph
+    floats = max(i.ByteSize() for i in graph.initializer if i.data_type == onnx.TensorProto.FLOAT)
+    assert floats < 1200 and (name == "odd" or path.stat().st_size < dense / 8), "a dense weight was baked in"
+    assert b"/" + b"deepkmeans/" not in path.read_bytes() and not any(node.metadata_props for node in graph.node)
+
+
+def test_torch_export_and_compile_take_a_shared_network(tmp_path):
+    net = odd()
+    dk.share(net, dk.make_plan(net, k=5, sparsity=0.2))
+    x = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        y = net(x)
+        assert torch.equal(torch.export.export(net, (x,)).module()(x), y)
+        for backend in ("eager", "aot_eager"):
+            torch._dynamo.reset()
+            assert torch.equal(torch.compile(net, backend=backend)(x), y)
+
+
+def test_training_through_compile_moves_the_codebook_as_plainly():
+    x, nets = torch.randn(2, 3, 16, 16), [odd() for _ in range(2)]
+    for net in nets:
+        dk.share(net, dk.make_plan(net, k=5))
+    torch.compile(nets[1], backend="aot_eager")(x).square().sum().backward()
+    nets[0](x).square().sum().backward()
+    for a, b in zip(nets[0].parameters(), nets[1].parameters()):
+        assert torch.allclose(a.grad, b.grad, rtol=1e-4, atol=1e-6)

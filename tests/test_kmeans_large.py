@@ -1,0 +1,106 @@
+"""Rows that do not fit in memory, or lie in several processes; few centres and many."""
+import importlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from deepkmeans import kernels
+from deepkmeans.kmeans import kmeans
+
+module = importlib.import_module("deepkmeans.kmeans")  # deepkmeans.kmeans is the function
+
+STREAMED = """
+import importlib, resource, sys
+import torch
+module = importlib.import_module("deepkmeans.kmeans")
+module.IN_MEMORY, kmeans, _backend = 2**26, module.kmeans, module._backend
+kmeans(torch.randn(100, 32), 4, backend="faiss")
+rows = torch.from_file(sys.argv[1], size=1_000_000 * 32).view(-1, 32)
+in_use = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData")) * 1024
+resource.setrlimit(resource.RLIMIT_DATA, (in_use + 110 * 2**20,) * 2)
+try:
+    rows.clone()
+except RuntimeError:
+    print("no room for a copy", _backend("auto", rows, 4, True))
+found = kmeans(rows, 4, init=torch.eye(4, 32), max_iter=2)
+print(found.n_iter, torch.bincount(found.codes).tolist())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit on memory is set in Linux's way")
+def test_rows_larger_than_the_memory(tmp_path):
+    """128 MB of rows are clustered with 110 MiB of memory, and the result is that of a block of them."""
+    block = torch.randn(10_000, 32, generator=torch.Generator().manual_seed(0))
+    with open(tmp_path / "rows", "wb") as file:
+        for _ in range(100):
+            file.write(block.numpy().tobytes())
+    done = subprocess.run([sys.executable, "-c", STREAMED, tmp_path / "rows"], capture_output=True, text=True, env={"OMP_NUM_THREADS": "1", "PYTHONPATH": ":".join(sys.path)})
+    (tmp_path / "rows").unlink()
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
+    assert first == "no room for a copy faiss"
+    counts = 100 * torch.bincount(kmeans(block, 4, init=torch.eye(4, 32), max_iter=2).codes)
+    assert second == f"2 {counts.tolist()}"
+
+
+def test_seeding_from_a_sample_says_so(monkeypatch):
+    rows = torch.randn(20_000, 3, generator=torch.Generator().manual_seed(0))
+    whole = kmeans(rows, 10)
+    monkeypatch.setattr(module, "IN_MEMORY", 2**17)
+    with pytest.warns(UserWarning, match=r"the 20,000 rows do not fit .* a random sample of 1,489"):
+        assert kmeans(rows, 10).inertia < 1.1 * whole.inertia
+
+
+TOGETHER = """
+import sys
+import torch
+import torch.distributed as dist
+from deepkmeans.kmeans import kmeans
+rank, folder = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+results = []
+for rows, start, weight in torch.load(f"{folder}/problems", weights_only=True):
+    part = slice(0, len(rows) // 3) if rank == 0 else slice(len(rows) // 3, None)
+    found = kmeans(rows[part], len(start), init=start, sample_weight=None if weight is None else weight[part], tol=0, group=dist.group.WORLD)
+    results.append((found.codebook, found.codes, found.inertia, found.n_iter))
+try:
+    kmeans(rows[part], 2, group=dist.group.WORLD)
+except ValueError as error:
+    results.append(str(error))
+torch.save(results, f"{folder}/result{rank}")
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
+def test_two_processes_find_what_one_finds(tmp_path):
+    g = torch.Generator().manual_seed(0)
+    rows, few = torch.randn(3000, 3, generator=g), torch.randint(0, 2, (90, 3), generator=g).float()
+    problems = [(rows, rows[:40], None), (rows, rows[-7:], torch.rand(3000, generator=g) + 0.1),
+                (rows, torch.cat([rows[:5], torch.full((3, 3), 50.0) + torch.eye(3)]), None),  # centres that nothing wants
+                (few, torch.rand(12, 3, generator=g), None)]  # more centres than distinct rows
+    torch.save(problems, tmp_path / "problems")
+    workers = [subprocess.Popen([sys.executable, "-c", TOGETHER, str(rank), tmp_path], stderr=subprocess.PIPE, text=True) for rank in (0, 1)]
+    for worker in workers:
+        assert worker.wait(120) == 0, worker.stderr.read()
+    *first, refused = torch.load(tmp_path / "result0")
+    *second, _ = torch.load(tmp_path / "result1")
+    assert refused.startswith("a group needs a codebook as init")
+    for (rows, start, weight), (codebook, codes, inertia, n_iter), (same, others, _, _) in zip(problems, first, second):
+        alone = kmeans(rows, len(start), init=start, sample_weight=weight, tol=0, backend="faiss")
+        assert (codebook == same).all() and n_iter == alone.n_iter
+        torch.testing.assert_close(codebook, alone.codebook)
+        assert (torch.cat([codes, others]) == alone.codes).all() and inertia == pytest.approx(alone.inertia)
+
+
+@pytest.mark.parametrize("n, d, k", [(5000, 1, 3), (5000, 3, 40), (700, 5, 300), (513, 11, 20)])
+def test_comparing_all_centres_or_few_is_the_same(monkeypatch, n, d, k):
+    x = np.random.default_rng(0).standard_normal((n, d)).astype(np.float32)
+    found = []
+    for few in (True, False):
+        monkeypatch.setattr(kernels, "_few", lambda k, d: few)
+        found.append(kernels.lloyd(x, None, x[:k].astype(float), 50, 0.0))
+    assert (found[0][0] == found[1][0]).all() and found[0][1:] == found[1][1:]
