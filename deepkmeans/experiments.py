@@ -347,7 +347,9 @@ def reproduce(
     executed, failures = {}, []
     for stem in notebooks if name == "all" else [REPRODUCIBLE.get(name, name)]:
         known = notebook_parameters(notebooks[stem])
-        given = {k: v for k, v in {**wanted, **({"root": str(root)} if protocol != "smoke" else {})}.items() if k in known}
+        given = {k: v for k, v in wanted.items() if k in known}
+        if "root" in known and (protocol != "smoke" or "save" in known):  # without `save`, a root alone makes the notebook write
+            given["root"] = str(root)
         executed[stem] = Path(out) / "paper" / f"{stem}_{protocol}.ipynb"
         if failure := execute(notebooks[stem], executed[stem], given, show):
             failures.append(f"{executed[stem]}: {failure}")
