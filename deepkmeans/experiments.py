@@ -347,7 +347,9 @@ def reproduce(
     executed, failures = {}, []
     for stem in notebooks if name == "all" else [REPRODUCIBLE.get(name, name)]:
         known = notebook_parameters(notebooks[stem])
-        given = {k: v for k, v in {**wanted, **({"root": str(root)} if protocol != "smoke" else {})}.items() if k in known}
+        given = {k: v for k, v in wanted.items() if k in known}
+        if "root" in known and (protocol != "smoke" or "save" in known):  # without `save`, a root alone makes the notebook write
+            given["root"] = str(root)
         executed[stem] = Path(out) / "paper" / f"{stem}_{protocol}.ipynb"
         if failure := execute(notebooks[stem], executed[stem], given, show):
             failures.append(f"{executed[stem]}: {failure}")
@@ -400,10 +402,15 @@ def _shown(path):  # a picture, a rendered table, or a table that is short enoug
         return "\n".join("| " + " | ".join(line) + " |" for line in (lines[0], ["---"] * len(lines[0]), *lines[1:]))
 
 
-def _provenance(path):
+def _provenance(path):  # what the records say of protocol, data, seeds and machine; nothing where they say nothing
     records = read_records(path)
-    several = lambda values: ", ".join(sorted({str(v) for v in values}))
-    env = [r["environment"] for r in records]
-    return (f"- {path.name}: {len(records)} runs, protocol {several(r['protocol'] for r in records)}, data {several(r['dataset']['name'] + ' (' + r['dataset']['fingerprint'] + ')' for r in records)}, "
-            f"seeds {several(r['parameters']['seed'] for r in records)}, {several(e['device'] for e in env)}, torch {several(e['versions']['torch'] for e in env)}, "
-            f"deepkmeans {several(e['versions']['deepkmeans'] for e in env)}, commits {several(e['commit'] for e in env)}")
+    titles = {"protocol": "protocol", "data": "dataset.name", "fingerprint": "dataset.fingerprint", "seeds": "parameters.seed", "on": "environment.device",
+              "torch": "environment.versions.torch", "deepkmeans": "environment.versions.deepkmeans", "commits": "environment.commit"}
+    said = {title: {str(v) for r in records if (v := _field(r, field)) is not None} for title, field in titles.items()}
+    return f"- {path.name}: " + "; ".join([f"{len(records)} runs", *(f"{title} {', '.join(sorted(values))}" for title, values in said.items() if values)])
+
+
+def _field(record, dotted):
+    for part in dotted.split("."):
+        record = record.get(part) if isinstance(record, dict) else None
+    return record
