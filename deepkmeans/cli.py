@@ -135,6 +135,13 @@ def _energy(args):
     report = _part("energy", "energy")(model, tuple(args.input or (channels, side, side)))
     return dict(network=name, macs=report.macs, full_adders=report.full_adders, total=report.total, layers=list(report.rows)), f"{report}\n\n{report.layers.to_string(float_format='{:.4g}'.format)}"
 
+
+def _reproduce(args):
+    from deepkmeans.experiments import reproduce
+
+    executed = reproduce(args.name, args.protocol, args.seeds, jobs=args.jobs, scheduler=args.scheduler)
+    return {name: str(path) for name, path in executed.items()}, "\n".join(f"{name}: {path}" for name, path in executed.items())
+
 # %% ../nbs/40_cli.ipynb #parser
 EXAMPLES = {
     "compress": """examples:
@@ -145,6 +152,7 @@ EXAMPLES = {
     "decompress": "example:\n  deepkmeans decompress lenet.dkm -o lenet.safetensors",
     "evaluate": "example:\n  deepkmeans evaluate lenet.dkm --data mnist --data-root ~/data",
     "energy": "examples:\n  deepkmeans energy lenet.dkm\n  deepkmeans energy --arch resnet18 --num-classes 1000 --input 3 224 224",
+    "reproduce": "examples (in a clone of the repository):\n  deepkmeans reproduce figure1 --protocol smoke\n  deepkmeans reproduce all --protocol cpu --seeds 3",
 }
 
 
@@ -164,6 +172,12 @@ def _parser():
     command.add_argument("file", nargs="?", metavar="FILE", help="a compressed file; or give --arch")
     _arch_options(command)
     command.add_argument("--input", nargs=3, type=_positive, metavar=("C", "H", "W"), help="one image (default: what the network was made for)")
+    command = _command(commands, "reproduce", _reproduce, "make a table or figure of the paper anew, with the runs that are missing")
+    command.add_argument("name", metavar="NAME", help="a table or figure, a notebook of nbs/paper, or all")
+    command.add_argument("--protocol", default="cpu", help="smoke (seconds), cpu (minutes a run) or full (the paper's budget); default: cpu")
+    command.add_argument("--seeds", type=_positive, metavar="N", help="runs of each setting (default: 1 for smoke, else 3)")
+    command.add_argument("--jobs", type=_positive, default=2, metavar="N", help="processes at a time (default: 2)")
+    command.add_argument("--scheduler", default="", metavar="tcp://…", help="a Dask scheduler")
     return parser
 
 

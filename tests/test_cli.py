@@ -136,3 +136,8 @@ def test_the_program_itself(root, here):
     Path("program.dkm").write_bytes(Path("program.dkm").read_bytes()[:-1])
     done = subprocess.run([*program, "inspect", "program.dkm"], capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == "" and "Traceback" not in done.stderr and "program.dkm" in done.stderr
+
+
+def test_reproduce_names_what_there_is(capsys):
+    assert main(["reproduce", "table9", "--protocol", "smoke"]) == 1
+    assert "figure1" in capsys.readouterr().err

@@ -1,9 +1,6 @@
-"""Energy reports against PyTorch's own counter, on hostile networks, from the command line, and against nn-dataflow where it is installed."""
+"""Energy reports against PyTorch's own counter, on hostile networks, and against nn-dataflow where it is installed."""
 import copy
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -13,7 +10,6 @@ from torch import nn
 from torch.nn.utils import prune
 
 import deepkmeans as dk
-from deepkmeans.cli import main
 from deepkmeans.energy import LEVELS, eyeriss_accesses, reuse_operations
 
 
@@ -98,22 +94,6 @@ def test_reuse_with_a_centre_for_each_row_saves_nothing(c, m, s, stride, layout)
     rows = len(dk.to_rows(layer.weight, layout))
     one, all_rows = reuse_operations(layer, output, 1, layout), reuse_operations(layer, output, rows, layout)
     assert all_rows[0] >= output.numel() * c * s * s and all_rows[0] == rows * one[0]  # each product of the dense layer is among them
-
-
-def test_command_line_writes_table_and_picture(tmp_path, capsys):
-    words = f"energy resnet18 --input 3 64 64 --k 16 --csv {tmp_path / 'e.csv'} --figure {tmp_path / 'e.png'}"
-    assert main(words.split()) == 0
-    frame = pd.read_csv(tmp_path / "e.csv", index_col="layer")
-    assert len(frame) == 21 and (tmp_path / "e.png").stat().st_size > 5000 and "MAC units" in capsys.readouterr().out
-    assert main("energy resnet18 --input 3 64 64 --k 0".split()) == 2
-
-
-def test_command_is_installed(tmp_path):
-    command = Path(sys.executable).parent / "deepkmeans"
-    if not command.exists():
-        pytest.skip("the package was installed before it had a command; pip install -e . again")
-    done = subprocess.run([command, "energy", "lenet5", "--input", "1", "28", "28"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and "1.605e+07 MAC units for 2.293e+06 MACs" in done.stdout, done.stderr
 
 
 @pytest.fixture(scope="module")
