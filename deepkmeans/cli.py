@@ -26,7 +26,7 @@ from .sharing import make_plan, share
 # %% ../nbs/40_cli.ipynb #network
 def _network(args): # → the network that the options --arch, --num-classes and --option name
     name = args.arch if args.arch in MODELS or ":" in args.arch else f"torchvision:{args.arch}"
-    return build(name, args.num_classes, **dict(map(_option, args.option)))
+    return build(name, args.num_classes or (10 if args.arch in MODELS else 1000), **dict(map(_option, args.option)))
 
 
 def _option(text): # "depth=16" → ("depth", 16)
@@ -127,9 +127,11 @@ SIDES = {"lenet5": 28, "tt_conv_cnn": 32, "freshnet_cnn": 32, "wide_resnet": 32}
 
 
 def _energy(args):
-    if (args.file is None) == (args.arch is None):
+    if (args.network is None) == (args.arch is None):
         raise ValueError("energy needs either a FILE or --arch")
-    model = load_compressed(args.file) if args.file else _network(args)
+    is_file = args.network and (Path(args.network).exists() or "." in args.network)
+    args.arch = args.arch or args.network
+    model = load_compressed(args.network) if is_file else _network(args)
     name, channels = model.architecture["name"], model.architecture.get("in_channels", 3)
     side = SIDES.get(name, 224)
     report = _part("energy", "energy")(model, tuple(args.input or (channels, side, side)))
@@ -151,7 +153,7 @@ EXAMPLES = {
     "inspect": "example:\n  deepkmeans inspect lenet.dkm --json",
     "decompress": "example:\n  deepkmeans decompress lenet.dkm -o lenet.safetensors",
     "evaluate": "example:\n  deepkmeans evaluate lenet.dkm --data mnist --data-root ~/data",
-    "energy": "examples:\n  deepkmeans energy lenet.dkm\n  deepkmeans energy --arch resnet18 --num-classes 1000 --input 3 224 224",
+    "energy": "examples:\n  deepkmeans energy lenet.dkm\n  deepkmeans energy resnet18 --input 3 224 224",
     "reproduce": "examples (in a clone of the repository):\n  deepkmeans reproduce figure1 --protocol smoke\n  deepkmeans reproduce all --protocol cpu --seeds 3",
 }
 
@@ -169,7 +171,7 @@ def _parser():
     command.add_argument("--data-root", metavar="DIR", help="folder of the data sets (default: $DEEPKMEANS_DATA)")
     command.add_argument("--batch-size", type=_positive, default=500, metavar="N", help="images in a batch (default: 500)")
     command = _command(commands, "energy", _energy, "estimate the energy of one forward pass")
-    command.add_argument("file", nargs="?", metavar="FILE", help="a compressed file; or give --arch")
+    command.add_argument("network", nargs="?", metavar="FILE|NAME", help="a compressed file, or the name of a network as --arch takes it")
     _arch_options(command)
     command.add_argument("--input", nargs=3, type=_positive, metavar=("C", "H", "W"), help="one image (default: what the network was made for)")
     command = _command(commands, "reproduce", _reproduce, "make a table or figure of the paper anew, with the runs that are missing")
@@ -195,7 +197,7 @@ def _file(command):
 
 def _arch_options(command, required=False):
     command.add_argument("--arch", required=required, metavar="NAME", help=f"{', '.join(MODELS)}, or a classifier of torchvision, such as resnet18 or torchvision:googlenet")
-    command.add_argument("--num-classes", type=_positive, default=10, metavar="N", help="outputs of the network (default: 10)")
+    command.add_argument("--num-classes", type=_positive, metavar="N", help="outputs of the network (default: 10 for ours, 1000 for torchvision's)")
     command.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="an option of its builder, such as depth=16; may be repeated")
 
 

@@ -164,7 +164,7 @@ class EnergyReport:
         return pd.DataFrame(self.rows).set_index("layer")
 
     def __str__(self):
-        parts = ", ".join(f"{part} {sum(row[part] for row in self.rows) / self.total:.0%}" for part in ("computation", "weights", "activations"))
+        parts = ", ".join(f"{part} {sum(row[part] for row in self.rows) / max(self.total, 1e-300):.0%}" for part in ("computation", "weights", "activations"))
         left = [f"{len(self.skipped)} layers"] * bool(self.skipped) + [f"{self.outside_macs:,} MACs outside of layers"] * bool(self.outside_macs)
         return (f"{self.total:.4g} MAC units for {self.macs:.4g} MACs in {len(self.rows)} layers: {parts}; {self.saving:.1%} less than dense"
                 + f" (not counted: {', '.join(left)})" * bool(left))

@@ -141,3 +141,10 @@ def test_the_program_itself(root, here):
 def test_reproduce_names_what_there_is(capsys):
     assert main(["reproduce", "table9", "--protocol", "smoke"]) == 1
     assert "figure1" in capsys.readouterr().err
+
+
+def test_energy_takes_the_name_of_a_network(capsys):
+    assert main(["energy", "resnet18", "--input", "3", "64", "64", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["layers"]) == 21 and found["total"] == 7 * found["macs"]
+    assert main(["energy", "missing.dkm"]) == 1

@@ -121,3 +121,9 @@ def test_the_conclusion_stands_in_the_committed_tables(root):
     assert (abs(plain.rates - plain.rate_alone) < 1e-4).all()  # the control is as good
     savings = pd.read_csv(root / "figures" / "energy_metrics_savings.csv")
     assert (savings.metric > 2 * savings["nn-dataflow"]).all() and (savings["nn-dataflow, decoded before the registers"] < 0.1).all()
+
+
+def test_a_network_of_zeros_has_a_summary():
+    net = nn.Conv2d(1, 1, 1)
+    nn.init.zeros_(net.weight)
+    assert str(dk.energy(nn.Sequential(net), (1, 4, 4)))
