@@ -16,7 +16,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from scipy.interpolate import make_interp_spline
 from tqdm import tqdm
 
 from .accounting import FLOAT_BITS, compression, index_bits
@@ -170,6 +169,8 @@ def _with_barrier(loss, energy):  # loss for small ones, without bound where not
 
 
 def _between(curve, table, p, k):  # (sparsities, ks) → (p, k): lines in log k, then in p, where p = 0 stands alone
+    from scipy.interpolate import make_interp_spline  # takes a quarter of a second to import
+
     if len(curve.ks) > 1:
         table = make_interp_spline(np.log(curve.ks), table, k=1, axis=1)(np.log(k))
     else:
