@@ -6,7 +6,7 @@ GIVEN := $(filter-out PYTHON,$(foreach v,$(MAKEOVERRIDES),$(firstword $(subst =,
 PARAMETERS = $(foreach v,$(GIVEN),-p $(shell echo $(v) | tr A-Z a-z | sed -E 's/(^|_)k$$/\1K/') '$($(v))')
 ONE_THREAD := OMP_NUM_THREADS=1
 
-.PHONY: retrain test paper lenet lab export
+.PHONY: retrain test paper bench lenet lab export
 retrain: .venv
 	@mkdir -p runs
 	$(BIN)/papermill nbs/retrain.ipynb runs/retrain.ipynb --log-output --no-progress-bar $(PARAMETERS)
@@ -21,6 +21,11 @@ lenet: .venv
 # make paper PROTOCOL=smoke|cpu|full SEEDS=3: every notebook of nbs/paper, with the runs that it lacks
 paper: .venv
 	$(BIN)/python -c "from deepkmeans.experiments import reproduce; reproduce('all', '$(or $(PROTOCOL),cpu)', $(or $(SEEDS),None))"
+
+# The k-means engine against its peers, some 15 minutes on an otherwise idle machine.
+bench: .venv
+	@mkdir -p runs
+	$(BIN)/papermill nbs/benchmarks.ipynb runs/benchmarks.ipynb --log-output --no-progress-bar -p execute True
 
 lab: .venv
 	$(BIN)/jupyter lab nbs
