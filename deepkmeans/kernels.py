@@ -22,7 +22,7 @@ _FAR = np.float32(1e18)  # coordinates of padding: never the nearest, and the sq
 _INF_BITS = np.int32(0x7F800000)  # those of float32 infinity
 _LEAF = 16  # centres in a leaf: one AVX-512 register, two of AVX2
 _BLOCK = 512  # rows that are compared with a centre at a time
-_ALONE = 2**19  # pairs of row and centre up to which one thread works alone
+_ALONE = 2**21  # pairs of row and centre up to which one thread works alone
 
 # %% ../nbs/01_kernels.ipynb #order
 @_quick
