@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 # %% ../nbs/index.ipynb #names
 from deepkmeans.accounting import CompressionReport, compression
 from deepkmeans.codec import CompressedFileError, FileReport, decompress, inspect, load_compressed, save_compressed
-from deepkmeans.data import Data, Loader, load, loaders
+from deepkmeans.data import Data, Loader, load, loaders, subset
 from deepkmeans.energy import EnergyReport, energy, full_adders
 from deepkmeans.allocate import NAMED_PLANS, allocate, fisher, layer_curves, named_plan
 from deepkmeans.export import to_onnx

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AUGMENTS', 'MAX_BYTES', 'DEBIAN', 'IMAGENET', 'CLASSES', 'NAMES', 'Split', 'Data', 'channel_stats', 'pixel_stats',
-           'Files', 'load', 'Loader', 'loaders']
+           'Files', 'load', 'subset', 'Loader', 'loaders']
 
 # %% ../nbs/11_data.ipynb #imports
 import gzip
@@ -451,6 +451,28 @@ def _imagenet(root): # root/imagenet, or root itself
         raise FileNotFoundError("imagenet was not found: pass root=<folder with train/<wnid>/*.JPEG and val/<wnid>/*.JPEG>, or set DEEPKMEANS_DATA")
     path = Path(root) / "imagenet"
     return path if path.is_dir() else Path(root)
+
+# %% ../nbs/11_data.ipynb #subset
+def subset(
+    data, # a Data in memory
+    train=0, # number of training images; 0: all
+    test=0, # number of test images; 0: all
+    seed=0, # seed of the draw
+) -> Data: # the same set with fewer images, named e.g. cifar10[5000, 1000]
+    """A random part of the training and the test images. Raises `ValueError` for more images than there are, or a streamed set."""
+    if not train and not test:
+        return data
+    parts = [_part(split, n, what, seed) for split, n, what in ((data.train, train, "train"), (data.test, test, "test"))]
+    return data._replace(train=parts[0], test=parts[1], fingerprint=_fingerprint(*parts), name=f"{data.name}[{len(parts[0])}, {len(parts[1])}]")
+
+
+def _part(split, n, what, seed):
+    if not isinstance(split, Split):
+        raise ValueError(f"{what}={n}: only a set in memory has subsets, not {split}")
+    if not 0 <= n <= len(split):
+        raise ValueError(f"{what}={n} must be from 0 to the number of images, {len(split)}")
+    chosen = torch.randperm(len(split), generator=_generator("subset", what, seed))[:n].sort().values if n else slice(None)
+    return Split(split.images[chosen], split.labels[chosen])
 
 # %% ../nbs/11_data.ipynb #per-pixel
 def _constant(values, shape, name): # (c,) or (c, h, w) → (c, 1, 1) or (c, h, w)
