@@ -321,9 +321,10 @@ NAMED_PLANS = {"wrn-45": (_K45, (*_P47[:11], 0.62, *_P47[12:])), "wrn-47": (_K47
 def named_plan(
     name, # one of NAMED_PLANS: "wrn-45", "wrn-47", "wrn-50"
     model, # a Wide ResNet 16-4
+    sparse_at="zero", # "zero", as the paper says, or "mean", as its released code does
 ) -> dict: # {layer name: LayerPlan}
     """The plan of the released code for about that ratio (Wu et al. 2018, table 3). Raises `ValueError` for an unknown name or a network of other depth."""
     if name not in NAMED_PLANS:
         raise ValueError(f"name={name!r} must be one of {', '.join(NAMED_PLANS)}")
     k, sparsity = NAMED_PLANS[name]
-    return make_plan(model, k=list(k), sparsity=list(sparsity))
+    return make_plan(model, k=list(k), sparsity=list(sparsity), sparse_at=sparse_at)

@@ -116,6 +116,7 @@ def _search_torch(codebook, top):
 def _search_faiss(codebook, top):
     import faiss
 
+    faiss.omp_set_num_threads(torch.get_num_threads())  # of this thread alone
     centres = codebook.numpy()
     return lambda queries: torch.from_numpy(faiss.knn(queries.numpy(), centres, top)[1])  # (m, top)
 
@@ -403,7 +404,7 @@ def _wanted(rows, k, warm, whole):  # what `auto` would like, best first
         if n * k >= 2**30 and _available("pykeops"):
             yield "keops"
     else:
-        if whole and (d <= 6 or k <= 512) and not _too_large(n, d):
+        if whole and (d <= 6 or k <= (1024 if d < 10 else 512)) and not _too_large(n, d):
             yield "tree"
         yield "faiss"
     yield "torch"

@@ -9,7 +9,7 @@ __all__ = ['REASSIGN_EVERY', 'HARD_FROM', 'KINDS', 'pull_fraction', 'Regularizer
 import torch
 
 from .rows import from_rows, to_rows
-from .sharing import centroids, cluster, planned_layers
+from .sharing import centroids, cluster_layers, planned_layers
 
 # %% ../nbs/03_regularizer.ipynb #projections
 class _Indicator:
@@ -84,11 +84,10 @@ class Regularizer:
     def refresh(self, max_iter=100):
         """Compute F anew from the present weights: k-means from the last codes (k-means++ at first), and their SVD for "spectral"."""
         build = _Indicator if self.kind == "indicator" else _Spectral
-        for name, module in self.layers.items():
-            plan = self.plan[name]
-            found = cluster(module.weight, plan, codes=self._codes.get(name), seed=self.seed, backend=self.backend, max_iter=max_iter)
+        clusterings = cluster_layers(self.layers, self.plan, codes=self._codes, seed=self.seed, backend=self.backend, max_iter=max_iter)
+        for name, found in clusterings.items():
             self._codes[name] = found.codes
-            self._F[name] = build(to_rows(module.weight.detach(), plan.layout), found, plan.sparsity > 0)
+            self._F[name] = build(to_rows(self.layers[name].weight.detach(), self.plan[name].layout), found, self.plan[name].pinned)
 
     def penalty(self) -> torch.Tensor:
         """λ/2·‖W(I − FFᵀ)‖² summed over the layers, a scalar whose gradient is λW(I − FFᵀ); zero with "ramp" and "none"."""

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['CONVOLUTIONS', 'LayerPlan', 'make_plan', 'SharedWeight', 'centroids', 'SharingReport', 'cluster', 'planned_layers',
-           'share', 'share_layer', 'shared_layers', 'unshare']
+           'cluster_layers', 'share', 'share_layer', 'shared_layers', 'unshare']
 
 # %% ../nbs/02_sharing.ipynb #imports
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 
@@ -25,12 +26,14 @@ class LayerPlan:
     """What one layer gets: `k` clusters, or `rate` = k/n (exactly one of them).
 
     `sparsity` is p, the fraction of rows, those of smallest norm, whose centre is fixed at zero (counted as one of the k; paper,
-    section 3.2 and Table 3). `layout` says what a row is. Raises `ValueError` for values out of bounds.
+    section 3.2 and Table 3). With `sparse_at="mean"` they are the rows nearest to the mean row, and their centre is their mean, as the released
+    code of the paper has it. `layout` says what a row is. Raises `ValueError` for values out of bounds.
     """
     k: int | None = None
     rate: float | None = None
     sparsity: float = 0.0
     layout: str = "row"
+    sparse_at: str = "zero"
 
     def __post_init__(self):
         if (self.k is None) == (self.rate is None):
@@ -41,8 +44,15 @@ class LayerPlan:
             raise ValueError(f"rate={self.rate} must be above 0 and at most 1")
         if not 0 <= self.sparsity < 1:
             raise ValueError(f"sparsity={self.sparsity} must be at least 0 and below 1")
+        if self.sparse_at not in ("zero", "mean"):
+            raise ValueError(f"sparse_at={self.sparse_at!r} must be 'zero' or 'mean'")
         if self.layout not in LAYOUTS:
             raise ValueError(f"layout={self.layout!r} must be one of {', '.join(LAYOUTS)}")
+
+    @property
+    def pinned(self) -> bool:
+        """Is the first centre fixed at zero?"""
+        return self.sparsity > 0 and self.sparse_at == "zero"
 
     def clusters(self, n) -> int:
         """The number of clusters wanted for n rows: k, or rate·n rounded and at least 1."""
@@ -60,6 +70,7 @@ def make_plan(
     first=None, # for the first planned layer: a k (int) or a rate (float)
     sparsity=0.0, # fraction of rows pinned to zero, or one for each planned layer
     layout="row", # one of `rows.LAYOUTS`
+    sparse_at="zero", # where the sparsity gathers its rows: "zero" (the paper) or "mean" (its released code)
     include=CONVOLUTIONS, # module types that are planned
     exclude=(), # names or glob patterns of layers to leave dense
     overrides=None, # {layer name: LayerPlan}, last word for single layers
@@ -80,7 +91,7 @@ def make_plan(
     ks, rates, sparsities = (_for_each(names, value, what) for value, what in ((k, "k"), (rate, "rate"), (sparsity, "sparsity")))
     if first is not None:
         ks[0], rates[0] = (None, first) if isinstance(first, float) else (first, None)
-    return {name: overrides.get(name) or LayerPlan(ks[i], rates[i], sparsities[i], layout) for i, name in enumerate(names)}
+    return {name: overrides.get(name) or LayerPlan(ks[i], rates[i], sparsities[i], layout, sparse_at) for i, name in enumerate(names)}
 
 
 def _for_each(names, value, what):
@@ -166,12 +177,28 @@ def cluster(
 ) -> Clustering:
     """The k-means of one layer's rows under its plan (paper, section 2.3), warm-started where codes are given."""
     rows = to_rows(weight.detach(), plan.layout).float()  # (n, d)
-    k, pinned = min(plan.clusters(len(rows)), len(rows)), plan.sparsity > 0
-    start = "k-means++" if codes is None else centroids(rows, codes, int(codes.max()) + 1, pinned)
+    if plan.sparsity and not plan.pinned:
+        return _around_mean(rows, plan, codes, seed, backend, max_iter)
+    return _from(rows, plan, codes, seed, backend, max_iter)
+
+
+def _from(rows, plan, codes, seed, backend, max_iter):
+    k = min(plan.clusters(len(rows)), len(rows))
+    start = "k-means++" if codes is None else centroids(rows, codes, int(codes.max()) + 1, plan.sparsity > 0)
     return kmeans(rows, k if codes is None else len(start), init=start, pinned_zero=plan.sparsity, seed=seed,
                   backend=backend, max_iter=max_iter)
 
 
+def _around_mean(rows, plan, *how):  # k-means does not mind a shift of all rows: the rows of smallest norm are then those nearest to the mean
+    mean = rows.double().mean(0)  # (d,)
+    found = _from((rows - mean).float(), plan, *how)
+    codebook = found.codebook.double() + mean  # (k, d)
+    gathered = found.codes == 0
+    codebook[0] = rows[gathered].double().mean(0)
+    gain = int(gathered.sum()) * float((codebook[0] - mean).square().sum())  # by which the mean of the gathered rows fits them better
+    return found._replace(codebook=codebook.float(), inertia=found.inertia - gain)
+
+# %% ../nbs/02_sharing.ipynb #planned-layers
 def planned_layers(
     model, # the network
     plan, # {layer name: LayerPlan}
@@ -193,13 +220,39 @@ def planned_layers(
             raise ValueError(f"layers {first!r} and {name!r} use one weight; plan neither")
     return {name: modules[name] for name in plan}
 
+# %% ../nbs/02_sharing.ipynb #side
+def cluster_layers(
+    layers, # {layer name: module}
+    plan, # {layer name: LayerPlan}
+    *,
+    codes=None, # {layer name: codes (n,)} to start from; others start with k-means++
+    seed=0, # seed of every layer's k-means; from a torch.Generator each draws its own
+    backend="auto", # back end of the k-means
+    max_iter=100, # at most so many iterations of Lloyd
+    progress=False, # show a progress bar?
+) -> dict: # {layer name: Clustering}
+    """The k-means of each layer under its plan, on a CPU side by side."""
+    seeds = torch.randint(2**31, (len(layers),), generator=seed).tolist() if isinstance(seed, torch.Generator) else [seed] * len(layers)
+    threads, on_cpu = torch.get_num_threads(), all(m.weight.device.type == "cpu" for m in layers.values())
+    side = max(1, min(threads, len(layers))) if on_cpu else 1
+    jobs = sorted(zip(layers, seeds), key=lambda job: -layers[job[0]].weight.numel())
+    try:
+        with ThreadPoolExecutor(side, initializer=torch.set_num_threads, initargs=(threads // side,)) as pool, tqdm(total=len(jobs), desc="share", disable=not progress) as bar:
+            found = {pool.submit(cluster, layers[name].weight, plan[name], codes=(codes or {}).get(name), seed=s, backend=backend, max_iter=max_iter): name for name, s in jobs}
+            for _ in as_completed(found):
+                bar.update()
+        results = {name: future.result() for future, name in found.items()}
+    finally:
+        torch.set_num_threads(threads)  # what a worker sets counts for threads that come later
+    return {name: results[name] for name in layers}
+
 # %% ../nbs/02_sharing.ipynb #share
 def share(
     model, # the network; changed in place
     plan, # {layer name: LayerPlan}, from `make_plan`
     *,
     init=None, # {layer name: codes (n,)} to start from, such as `Regularizer.codes()`; others start with k-means++
-    seed=0, # seed of every layer's k-means
+    seed=0, # seed of every layer's k-means; from a torch.Generator each draws its own
     backend="auto", # back end of the k-means
     progress=False, # show a progress bar?
 ) -> SharingReport:
@@ -212,8 +265,7 @@ def share(
     unknown = set(init or {}) - set(layers)
     if unknown:
         raise ValueError(f"init names {sorted(unknown)}, which the plan does not hold")
-    found = {name: cluster(m.weight, plan[name], codes=(init or {}).get(name), seed=seed, backend=backend)
-             for name, m in tqdm(layers.items(), desc="share", disable=not progress)}
+    found = cluster_layers(layers, plan, codes=init, seed=seed, backend=backend, progress=progress)
     report = SharingReport(skipped={name: "not in the plan" for name, m in model.named_modules()
                                     if isinstance(m, (*CONVOLUTIONS, nn.Linear)) and name not in layers})
     for name, module in layers.items():
@@ -228,7 +280,7 @@ def share_layer(
     plan, # its LayerPlan
 ):
     """Put a codebook and codes in the place of one layer's weight."""
-    shared = SharedWeight(clustering.codes, len(clustering.codebook), module.weight.shape, plan.layout, plan.sparsity > 0)
+    shared = SharedWeight(clustering.codes, len(clustering.codebook), module.weight.shape, plan.layout, plan.pinned)
     parametrize.register_parametrization(module, "weight", shared)
     with torch.no_grad():
         module.parametrizations.weight.original.copy_(clustering.codebook)
