@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 from deepkmeans.accounting import CompressionReport, compression
 from deepkmeans.codec import CompressedFileError, FileReport, decompress, inspect, load_compressed, save_compressed
 from deepkmeans.data import Data, Loader, load, loaders, subset
+from deepkmeans.dkm import deep_compression, dkm_plan, harden, soft_assign, soften
 from deepkmeans.energy import EnergyReport, energy, full_adders
 from deepkmeans.allocate import NAMED_PLANS, allocate, fisher, layer_curves, named_plan
 from deepkmeans.export import to_onnx
