@@ -128,7 +128,8 @@ class FrequencyWeight(HashedWeight):
         return start[self._bands] + (drawn % self.band_buckets.astype(np.uint64)[self._bands]).astype(int)
 
     def forward(self, buckets):  # (K,) -> weight
-        return self.rows.T @ super().forward(buckets) @ self.columns
+        with torch.autocast(buckets.device.type, enabled=False):  # the transform in float32; the convolution rounds once
+            return self.rows.T @ super().forward(buckets) @ self.columns
 
     def right_inverse(self, weight):  # weight -> (K,)
         return super().right_inverse(self.rows @ weight @ self.columns.T)

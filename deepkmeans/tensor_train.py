@@ -48,7 +48,8 @@ class TTWeight(nn.Module):
         self.shape, self.groups, self.order, self.ranks = tuple(shape), groups, order, tuple(ranks)
 
     def forward(self, *cores):  # -> weight
-        train = reduce(lambda left, core: torch.tensordot(left, core, 1), cores)  # (1, n_0, …, n_d, 1)
+        with torch.autocast(cores[0].device.type, enabled=False):  # a chain of products in bfloat16 would lose what one loses, d times
+            train = reduce(lambda left, core: torch.tensordot(left, core, 1), cores)  # (1, n_0, …, n_d, 1)
         return train.reshape([size for group in self.groups for size in group]).permute(self.order).reshape(self.shape)
 
     def right_inverse(self, weight):  # weight -> cores, by TT-SVD
