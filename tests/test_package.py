@@ -81,7 +81,9 @@ def test_environment_and_pyproject_agree(root):
     tomllib = pytest.importorskip("tomllib")
     yaml = pytest.importorskip("yaml")
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
-    wanted = set(project["dependencies"]) | {r for name in ("notebooks", "test", "keops", "export") for r in project["optional-dependencies"].get(name, [])}
+    extras = project["optional-dependencies"]
+    (everything,) = extras["all"]
+    wanted = set(project["dependencies"]) | {r for name in re.search(r"\[(.*)\]", everything)[1].split(",") for r in extras[name]}
     listed = yaml.safe_load((root / "environment.yml").read_text())["dependencies"]
     conda = {"pytorch": "torch", "matplotlib-base": "matplotlib", "python-build": "build"}
     have = [r for r in listed if isinstance(r, str)] + [r for d in listed if isinstance(d, dict) for r in d["pip"]]
