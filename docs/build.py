@@ -56,14 +56,21 @@ def page(path, name, links):  # the notebook at `path` as the site shows it; `na
                 continue
             if "export" in said:
                 shown.append({"cell_type": "markdown", "id": f"at-{cell['id']}", "metadata": {}, "source": f"({label(name, cell)})="})
-            folded = "exporti" in said or "echo" in said or name.startswith(RESULTS_FIRST)
-            cell["metadata"]["tags"] = [*cell["metadata"].get("tags", []), *["exported"] * ("export" in said), *["hide-input"] * folded]
+            folded = {"exporti", "echo"} & set(said) or name == "nbs/index.ipynb" and "export" in said or name.startswith(RESULTS_FIRST)
+            cell["metadata"]["tags"] = [*cell["metadata"].get("tags", []), *["exported"] * ("export" in said), *["hide-input"] * bool(folded)]
             cell["source"] = re.sub(r"^#\|.*\n?", "", cell["source"], flags=re.M)
             cell["outputs"] = [o for o in cell["outputs"] if not (o.get("name") == "stderr" and "\r" in "".join(o["text"]))]  # progress bars
             if folded and shown[-1]["cell_type"] == "code" and not shown[-1]["outputs"]:  # one fold for code that follows code
                 cell["source"] = shown.pop()["source"].rstrip() + "\n\n\n" + cell["source"]
         shown.append(cell)
+    if name.startswith(RESULTS_FIRST):
+        shown.insert(1, {"cell_type": "markdown", "id": "results", "metadata": {}, "source": pictures(path, name)})
     return json.dumps({**notebook, "cells": shown})
+
+
+def pictures(path, name):  # those that the notebook has drawn from its records, to stand before all else
+    root = path.parents[name.count("/")]
+    return "\n\n".join(f"![{p.stem}](/figures/{p.name})" for p in sorted((root / "figures").glob(f"{path.stem}*.png")))
 
 
 def label(name, cell):
@@ -167,9 +174,10 @@ def comments(source):  # {line: comment}
 
 
 def table(rows):
-    cell = lambda text: text.replace("|", "\\|") if not text.startswith("`") else text
-    lines = [f"| {name} | {default} | {cell(text)} |" for name, default, text in rows]
-    return "\n".join(["| parameter | default | |", "|---|---|---|", *lines]) if lines else ""
+    if not any(default for _, default, _ in rows):
+        rows = [(name, text) for name, _, text in rows]
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join(["| name | " + "default | " * (len(rows[0]) - 2) + "|", "|---" * len(rows[0]) + "|", *lines]) if rows else ""
 
 
 def first_line(node):
@@ -205,6 +213,10 @@ All of these come with `import deepkmeans as dk`. Every wrong argument is a `Val
 """
 
 
+def chapter_links(root):  # {name of a notebook: a link to its page}
+    return {p.stem: f"[`{p.stem}`](/{p.relative_to(root).as_posix()})" for p in notebooks(root) if p.stem != "index"}
+
+
 def api_links(root):  # {name: a link to its entry} of all that the package itself offers
     text = (root / "deepkmeans" / "__init__.py").read_text()
     imported = [(n.module, a.name) for n in ast.parse(text).body if isinstance(n, ast.ImportFrom) for a in n.names]
@@ -223,7 +235,7 @@ def navigation(stage):  # toctrees for the front page
 
 def stage_pages(root, stage):
     shutil.rmtree(stage, ignore_errors=True)
-    links = api_links(root)
+    api, links = api_links(root), chapter_links(root) | api_links(root)
     for path in notebooks(root):
         name = path.relative_to(root).as_posix()
         (stage / name).parent.mkdir(parents=True, exist_ok=True)
@@ -234,7 +246,7 @@ def stage_pages(root, stage):
     (stage / "docs").mkdir()
     for path in (root / "docs").glob("*.md"):
         (stage / "docs" / path.name).write_text(linked(path.read_text(), links))
-    write_api(root, stage, links)
+    write_api(root, stage, api)
     front = linked((root / "README.md").read_text(), links)
     (stage / "index.md").write_text(f"{front}\n\n{navigation(stage)}\n")
     copy_mathjax(stage / "_static" / "mathjax")
