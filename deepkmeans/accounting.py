@@ -97,7 +97,7 @@ def compression(
 ) -> CompressionReport:
     """What the network takes in bits, and how much smaller that is than 32 bits a parameter (paper, sections 2.3 and 4.1).
 
-    With `coding="file"` everything that `save_compressed` would write is counted, in bytes on disk, against the same tensors as they are.
+    A weight that is computed from fewer numbers (`lowrank.RandomDictionary`) takes what these take. With `coding="file"` everything that `save_compressed` would write is counted, in bytes on disk, against the same tensors as they are.
     Raises `ValueError` for an unknown coding or scope, or when nothing is left to count.
     """
     if coding == "file":
@@ -126,7 +126,10 @@ def _layer_bits(module, shared, coding, biases):
     plain = {name: p.numel() for name, p in module.named_parameters(recurse=False) if biases or "bias" not in name}
     kept = FLOAT_BITS * sum(plain.values())
     if shared is None:
-        return dict(k=None, parameters=sum(plain.values()), dense_bits=kept, codebook_bits=0, index_bits=0, kept_bits=kept, bits=kept)
+        others = getattr(module, "parametrizations", nn.ModuleDict())  # a weight computed from what is learned: factors, hash buckets
+        dense = kept + FLOAT_BITS * sum(getattr(module, name).numel() for name in others)
+        kept += FLOAT_BITS * sum(p.numel() for p in others.parameters())
+        return dict(k=None, parameters=dense // FLOAT_BITS, dense_bits=dense, codebook_bits=0, index_bits=0, kept_bits=kept, bits=kept)
     weights, k = prod(shared.shape), len(shared.counts)
     codebook = FLOAT_BITS * k * (weights // len(shared.codes))
     indexes = index_bits(shared.counts, coding)

@@ -278,9 +278,10 @@ def share_layer(
     module, # a layer with a dense weight; changed in place
     clustering, # codebook (k, d) and codes (n,) of its rows
     plan, # its LayerPlan
+    kind=SharedWeight, # the parametrization, this class or a subclass
 ):
     """Put a codebook and codes in the place of one layer's weight."""
-    shared = SharedWeight(clustering.codes, len(clustering.codebook), module.weight.shape, plan.layout, plan.pinned)
+    shared = kind(clustering.codes, len(clustering.codebook), module.weight.shape, plan.layout, plan.pinned)
     parametrize.register_parametrization(module, "weight", shared)
     with torch.no_grad():
         module.parametrizations.weight.original.copy_(clustering.codebook)
