@@ -28,10 +28,10 @@ def test_released_weights_are_evaluated_as_torchvision_does(images, papermill, t
     source = GoogLeNet(num_classes=3, aux_logits=False, transform_input=True, init_weights=False).eval()
     save_file({k: v.clone() for k, v in source.state_dict().items()}, tmp_path / "googlenet.safetensors")
     done = papermill("nbs/retrain.ipynb", model="googlenet", data="imagenet", data_root=images, checkpoint=tmp_path / "googlenet.safetensors",
-                     K=0, rate=0.0317, kind="none", epochs=0, finetune_epochs=0, device="cpu", out=tmp_path / "runs", progress=False)
+                     K=2, kind="none", epochs=0, finetune_epochs=0, device="cpu", out=tmp_path / "runs", progress=False)
     assert done.returncode == 0, done.stderr[-2000:]
     (record,) = (tmp_path / "runs").glob("*/record.json")
     stages = json.loads(record.read_text())["stages"]
     _, test = loaders(load("imagenet", images), 8)
     assert stages["baseline"]["loss"] == pytest.approx(evaluate(source, test).loss, rel=1e-4)
-    assert stages["wr"]["ratio"]["conv"]["log2"] > 3.5
+    assert stages["wr"]["ratio"]["conv"]["log2"] > 20
