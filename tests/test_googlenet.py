@@ -25,7 +25,13 @@ def images(tmp_path):
 
 def test_released_weights_are_evaluated_as_torchvision_does(images, papermill, tmp_path):
     torch.manual_seed(0)
-    source = GoogLeNet(num_classes=3, aux_logits=False, transform_input=True, init_weights=False).eval()
+    source = GoogLeNet(num_classes=3, aux_logits=False, transform_input=True, init_weights=False)
+    with torch.no_grad():
+        for module in source.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.momentum = 1.0
+        source(torch.randn(8, 3, 64, 64))  # statistics of its own: with the initial ones nothing of the image reaches the output
+        source.eval().fc.weight.mul_(20)
     save_file({k: v.clone() for k, v in source.state_dict().items()}, tmp_path / "googlenet.safetensors")
     done = papermill("nbs/retrain.ipynb", model="googlenet", data="imagenet", data_root=images, checkpoint=tmp_path / "googlenet.safetensors",
                      K=2, kind="none", epochs=0, finetune_epochs=0, device="cpu", out=tmp_path / "runs", progress=False)
