@@ -6,7 +6,7 @@ GIVEN := $(filter-out PYTHON,$(foreach v,$(MAKEOVERRIDES),$(firstword $(subst =,
 PARAMETERS = $(foreach v,$(GIVEN),-p $(shell echo $(v) | tr A-Z a-z | sed -E 's/(^|_)k$$/\1K/') '$($(v))')
 ONE_THREAD := OMP_NUM_THREADS=1
 
-.PHONY: retrain test paper bench lenet lab export
+.PHONY: retrain test paper bench lenet lab export docs docs-serve
 retrain: .venv
 	@mkdir -p runs
 	$(BIN)/papermill nbs/retrain.ipynb runs/retrain.ipynb --log-output --no-progress-bar $(PARAMETERS)
@@ -29,6 +29,13 @@ bench: .venv
 
 lab: .venv
 	$(BIN)/jupyter lab nbs
+
+# The site into docs/_build/html; no network, no Quarto.
+docs: .venv
+	$(BIN)/python docs/build.py
+
+docs-serve: docs
+	$(BIN)/python -m http.server $(or $(PORT),8000) --bind 127.0.0.1 --directory docs/_build/html
 
 export: .venv
 	$(BIN)/nbdev_export

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -81,7 +82,9 @@ def test_environment_and_pyproject_agree(root):
     tomllib = pytest.importorskip("tomllib")
     yaml = pytest.importorskip("yaml")
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
-    wanted = set(project["dependencies"]) | {r for name in ("notebooks", "test", "keops", "export") for r in project["optional-dependencies"].get(name, [])}
+    extras = project["optional-dependencies"]
+    (everything,) = extras["all"]
+    wanted = set(project["dependencies"]) | {r for name in re.search(r"\[(.*)\]", everything)[1].split(",") for r in extras[name]}
     listed = yaml.safe_load((root / "environment.yml").read_text())["dependencies"]
     conda = {"pytorch": "torch", "matplotlib-base": "matplotlib", "python-build": "build"}
     have = [r for r in listed if isinstance(r, str)] + [r for d in listed if isinstance(d, dict) for r in d["pip"]]
@@ -114,3 +117,15 @@ def test_nothing_tracked_names_a_machine(root):
     found = subprocess.run(["git", "grep", "-nIE", r"(^|[^a-zA-Z0-9_.~-])/(home|root|tmp|work|Users)/[a-zA-Z.]", "--", ".", ":!tests/test_package.py"], cwd=root,
                            capture_output=True, text=True).stdout
     assert found == ""
+
+
+def test_wheel_and_sdist_pass_twine_and_the_sdist_holds_the_notebooks(root, tmp_path):
+    pytest.importorskip("build")
+    ignored = shutil.ignore_patterns(".git", ".venv", "runs", "_build", "*.egg-info", "__pycache__", "build", "dist", ".data", ".hypothesis")
+    shutil.copytree(root, tmp_path / "repo", ignore=ignored)
+    subprocess.run([sys.executable, "-m", "build", "--no-isolation", "-o", tmp_path / "dist", tmp_path / "repo"], check=True, capture_output=True)
+    built = sorted((tmp_path / "dist").iterdir())
+    subprocess.run([sys.executable, "-m", "twine", "check", "--strict", *built], check=True)
+    with tarfile.open(built[-1] if built[-1].name.endswith(".gz") else built[0]) as file:
+        held = {name.partition("/")[2] for name in file.getnames()}
+    assert {p.relative_to(root).as_posix() for p in notebooks(root)} | {"settings.ini", "Makefile", "docs/build.py"} <= held
