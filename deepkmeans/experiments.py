@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PLACES', 'REPRODUCIBLE', 'UserError', 'user_errors', 'given_parameters', 'run_id', 'baseline_file', 'environment',
            'save_record', 'read_records', 'pack_records', 'execute', 'notebook_parameters', 'lookup', 'collect', 'run',
-           'paper_numbers', 'repository', 'reproduce', 'gallery']
+           'paper_numbers', 'repository', 'reproduce', 'Row', 'suites', 'compare', 'claims', 'gallery']
 
 # %% ../nbs/30_experiments.ipynb #imports
 import csv
@@ -22,6 +22,7 @@ from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -309,7 +310,8 @@ def paper_numbers(
         return pd.read_csv(file)
 
 # %% ../nbs/30_experiments.ipynb #reproduce
-REPRODUCIBLE = {"figure1": "figure1_2_lenet", "figure2": "figure1_2_lenet", "regularizers": "lenet_regularizers", "cost": "regularizer_cost"}
+REPRODUCIBLE = {"table1": "table1_tt_conv_cnn", "table2": "table2_freshnet_cnn", "figure1": "figure1_2_lenet", "figure2": "figure1_2_lenet",
+                "regularizers": "lenet_regularizers", "cost": "regularizer_cost"}
 
 
 def repository(
@@ -356,6 +358,79 @@ def reproduce(
     if failures:
         raise UserError("; ".join(failures))
     return executed
+
+# %% ../nbs/30_experiments.ipynb #row
+class Row(NamedTuple):
+    """A line of a table: a method at a size, and the run that makes it."""
+    method: str  # its name in the table
+    ratio: float  # the nominal ratio, the paper's where it has the line
+    job: str  # notebook of the run: "retrain" or "baseline"
+    parameters: dict  # of the run, but for the seed
+    stage: str  # the stage of the run that counts, such as "finetuned"
+    paper: str = ""  # name of the method in `paper_numbers`; empty: not in the paper
+
+    @property
+    def label(self) -> str:
+        """Method and ratio: what tells the lines of a table apart."""
+        return f"{self.method} at {self.ratio:g}"
+
+
+def suites(
+    rows, # lines of a table
+    seeds, # runs of each, with seeds from 0
+    root=".", # root of the repository
+) -> dict: # {path of the notebook: its parameter sets}, each run once, in the order of the rows
+    """The runs that a table needs, for `run`."""
+    wanted = {(row.job, json.dumps(row.parameters | {"seed": seed})): None for seed in range(seeds) for row in rows}
+    return {Path(root) / "nbs" / f"{job}.ipynb": [json.loads(p) for j, p in wanted if j == job] for job in dict.fromkeys(j for j, _ in wanted)}
+
+# %% ../nbs/30_experiments.ipynb #compare
+def compare(
+    rows, # lines of a table
+    seeds, # runs of each
+    reported, # what `paper_numbers` has
+    stores, # as for `lookup`
+    root=".", # root of the repository
+    metric="top1", # or "top5"
+): # a pandas frame, a line for each row under its label
+    """Paper beside ours: the change against the baseline in points, mean and sd over the seeds that ended, `of` how many, and the ratios under every way of counting.
+
+    `ours` says it in words: a run that has not been made is "not run", one that diverged says so.
+    """
+    import pandas as pd
+
+    lines = {}
+    for row in rows:
+        records = [r for r in lookup(Path(root) / "nbs" / f"{row.job}.ipynb", [row.parameters | {"seed": seed} for seed in range(seeds)], stores) if r]
+        ended = [r["stages"] for r in records if row.stage in r["stages"]]
+        change = pd.Series([s[row.stage][metric] - s["baseline"][metric] for s in ended], dtype=float)
+        said = reported[(reported.method == row.paper) & (reported.ratio == row.ratio)][f"{metric}_change"]
+        lines[row.label] = dict(method=row.method, nominal=row.ratio, paper=said.item() if len(said) else None, ours=_in_words(change, len(records)), change=change.mean(), sd=change.std(),
+                                difference=change.mean() - said.item() if len(said) else None, baseline=pd.Series([s["baseline"][metric] for s in ended], dtype=float).mean(),
+                                ended=len(ended), made=len(records), of=seeds, **(pd.json_normalize([s[row.stage]["ratio"] for s in ended], sep=" ").mean() if ended else {}))
+    return pd.DataFrame.from_dict(lines, orient="index").astype({"paper": float, "difference": float})
+
+
+def _in_words(change, made):
+    if not made:
+        return "not run"
+    ours = f"{change.mean():+.2f}" + (f" ± {change.std():.2f}" if len(change) > 1 else "") + f" ({len(change)})" if len(change) else ""
+    return "; ".join(filter(None, [ours, f"{made - len(change)} diverged" if made > len(change) else ""]))
+
+# %% ../nbs/30_experiments.ipynb #claims
+def claims(
+    frame, # as `compare` gives it
+    pairs, # of labels: the first is better in the paper, or wanted to be
+) -> list: # sentences
+    """For each pair of lines that were both run, whether the first lost less than the second, with the paper's gap where it has both."""
+    said = []
+    for better, worse in pairs:
+        a, b = frame.loc[better], frame.loc[worse]
+        if a.ended and b.ended:
+            gap, paper = a.change - b.change, a.paper - b.paper
+            beside = f" (paper {paper:+.2f})" if paper == paper else ""
+            said.append(f"{better} against {worse}: {gap:+.2f} points{beside}; that it is the better one {'holds' if gap > 0 else 'does not hold'}.")
+    return said
 
 # %% ../nbs/30_experiments.ipynb #gallery
 def gallery(

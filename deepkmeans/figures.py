@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'use_style', 'stage_color', 'stages_figure', 'rows_figure', 'history_figure', 'filters_figure',
-           'energy_figure']
+           'energy_figure', 'change_figure']
 
 # %% ../nbs/31_figures.ipynb #imports
 import torch
@@ -134,3 +134,38 @@ def energy_figure(
 def _unit(value):
     exponent = next((e for e in (9, 6, 3) if value >= 10 ** e), 0)
     return 10 ** exponent, {9: "10⁹", 6: "10⁶", 3: "10³", 0: ""}[exponent]
+
+# %% ../nbs/31_figures.ipynb #change-figure
+_METHODS = {"Deep k-Means": ("C2", "o"), "Deep k-Means, allocated": ("C8", "o"), "WR": ("C3", "X"), "control": ("C1", "D")}
+
+
+def change_figure(
+    frame, # as `experiments.compare` gives it
+    x, # column with the ratio of ours
+    *,
+    floor, # lower edge, points
+    label="compression ratio", # of the horizontal axis
+):
+    """Change of accuracy over the ratio: ours in colour, with one standard deviation where there are several seeds, the paper's in grey at their nominal ratio."""
+    plt = use_style()
+    fig, ax = plt.subplots(figsize=(9, 5), layout="constrained")
+    others = iter(zip(["C0", "C4", "C5", "C6", "C9", "black"] * 2, "s^vP*Xph<>d8"))
+    looks = {method: _METHODS.get(method) or next(others) for method in dict.fromkeys(frame.method)}
+    for method, (color, mark) in looks.items():
+        lines = frame[frame.method == method].sort_values("nominal")
+        ax.plot(lines.nominal, lines.paper, mark + ":", color="0.6", markersize=7, markerfacecolor="none", linewidth=1)
+        ours = lines[lines.ended > 0].sort_values(x)
+        if len(ours):
+            ax.errorbar(ours[x], ours.change.clip(lower=floor), ours.sd.fillna(0), fmt=mark + "-", color=color, markersize=7, linewidth=1.2, capsize=3, label=method, clip_on=False, zorder=4)
+        for a, b in zip(ours[x], ours.change):
+            if b < floor:
+                ax.annotate(f"{b:.0f}".replace("-", "−"), (a, floor), (0, 9), textcoords="offset points", ha="center", fontsize=9, color=color)
+    ax.plot([], [], "o:", color="0.6", markerfacecolor="none", label="paper, same mark")
+    ax.axhline(0, color="0.8", linewidth=1, zorder=0)
+    low, high = frame.nominal.min() * 0.85, max(frame.nominal.max(), frame[x].max()) * 1.15
+    ax.set(xlabel=label, ylabel="change of top-1 accuracy, points", xscale="log", xlim=(low, high), ylim=(floor, None))
+    ticks = [t for t in (1, 1.5, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 30, 40, 60, 100) if low <= t <= high]
+    ax.set_xticks(ticks, [f"{t:g}" for t in ticks], minor=False)
+    ax.minorticks_off()
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=10)
+    return fig
