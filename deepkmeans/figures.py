@@ -86,24 +86,24 @@ def history_figure(
 
 # %% ../nbs/31_figures.ipynb #filters-figure
 def filters_figure(
-    before, # (m, c, h, w) weight of the baseline
-    after, # (m, c, h, w) weight after sharing
+    weights, # {title of the panel: (m, c, h, w) weight of the same layer}
     count=24, # at most so many kernels
 ):
-    """The first kernels of a layer before and after, side by side on one grey scale (as in the README of the paper's authors)."""
+    """The first kernels of a layer, a panel for each weight, side by side on the grey scale of the first (as in the README of the paper's authors)."""
     plt = use_style()
-    fig, panels = plt.subplots(1, 2, figsize=(10, 5), layout="constrained")
-    limit = float(before.abs().max())
-    for ax, weight, title in zip(panels, (before, after), ("baseline", "re-trained and shared")):
-        kernels = weight.flatten(0, 1)[:count]  # (count, h, w)
-        columns = 6
-        padded = torch.full((-(-len(kernels) // columns) * columns, kernels.shape[1] + 1, kernels.shape[2] + 1), float("nan"))
-        padded[:len(kernels), :-1, :-1] = kernels
-        grid = padded.view(-1, columns, *padded.shape[1:]).transpose(1, 2).flatten(2).flatten(0, 1)  # rows of kernels
-        image = ax.imshow(grid, cmap="gray", vmin=-limit, vmax=limit)
+    fig, panels = plt.subplots(1, len(weights), figsize=(4.5 * len(weights) + 1, 4.2), layout="constrained", squeeze=False)
+    limit = float(next(iter(weights.values())).abs().max())
+    for ax, (title, weight) in zip(panels[0], weights.items()):
+        image = ax.imshow(_grid(weight.flatten(0, 1)[:count], columns=6), cmap="gray", vmin=-limit, vmax=limit)
         ax.set_title(title); ax.set_axis_off()
-    fig.colorbar(image, ax=panels, label="weight", shrink=0.8)
+    fig.colorbar(image, ax=panels, label="weight", shrink=0.8, pad=0.01)
     return fig
+
+
+def _grid(kernels, columns):  # (count, h, w) -> one picture with gaps between the kernels
+    padded = torch.full((-(-len(kernels) // columns) * columns, kernels.shape[1] + 1, kernels.shape[2] + 1), float("nan"))
+    padded[:len(kernels), :-1, :-1] = kernels
+    return padded.view(-1, columns, *padded.shape[1:]).transpose(1, 2).flatten(2).flatten(0, 1)  # rows of kernels
 
 # %% ../nbs/31_figures.ipynb #energy-figure
 def energy_figure(
