@@ -310,7 +310,7 @@ def paper_numbers(
         return pd.read_csv(file)
 
 # %% ../nbs/30_experiments.ipynb #reproduce
-REPRODUCIBLE = {"table1": "table1_tt_conv_cnn", "table2": "table2_freshnet_cnn", "table3": "table3_wide_resnet", "figure1": "figure1_2_lenet", "figure2": "figure1_2_lenet",
+REPRODUCIBLE = {"table1": "table1_tt_conv_cnn", "table2": "table2_freshnet_cnn", "table3": "table3_wide_resnet", "table4": "table4_googlenet", "figure1": "figure1_2_lenet", "figure2": "figure1_2_lenet",
                 "regularizers": "lenet_regularizers", "cost": "regularizer_cost"}
 
 
