@@ -18,6 +18,7 @@ from deepkmeans.allocate import NAMED_PLANS, allocate, fisher, layer_curves, nam
 from deepkmeans.export import to_onnx
 from deepkmeans.car import greedy, reductions, remove_filters
 from deepkmeans.experiments import collect, paper_numbers, reproduce, run
+from deepkmeans.hashing import fresh_net, hashed_net
 from deepkmeans.kmeans import Clustering, KMeans, decode, encode, kmeans
 from deepkmeans.lowrank import bayesian_ranks, evbmf, random_dictionary, separable, tucker
 from deepkmeans.models import alexnet, build, freshnet_cnn, googlenet, googlenet_64, lenet5, tt_conv_cnn, wide_resnet
@@ -26,3 +27,4 @@ from deepkmeans.retrain import Accuracy, evaluate, train
 from deepkmeans.rows import from_rows, to_rows
 from deepkmeans.sharing import LayerPlan, SharedWeight, SharingReport, make_plan, share, unshare
 from deepkmeans.sws import Mixture, merged, quantise, train_soft
+from deepkmeans.tensor_train import tensorize
