@@ -116,10 +116,10 @@ def test_nn_dataflow_gives_the_committed_accesses(reference):
 
 
 def test_the_conclusion_stands_in_the_committed_tables(root):
-    grid = pd.read_csv(root / "figures" / "energy_metrics_grid.csv")
+    grid = pd.read_csv(root / "figures" / "energy_verification_grid.csv")
     plain = grid[grid.metric == "codebook"]
     assert (abs(plain.rates - plain.rate_alone) < 1e-4).all()  # the control is as good
-    savings = pd.read_csv(root / "figures" / "energy_metrics_savings.csv")
+    savings = pd.read_csv(root / "figures" / "energy_verification_savings.csv")
     assert (savings.metric > 2 * savings["nn-dataflow"]).all() and (savings["nn-dataflow, decoded before the registers"] < 0.1).all()
 
 
