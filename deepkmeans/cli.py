@@ -18,7 +18,7 @@ import torch
 from . import data as datasets
 from .accounting import compression
 from .codec import CODEBOOK_DTYPES, decompress, inspect, load_compressed, save_compressed, write_file
-from .models import MODELS, build
+from .models import MODELS, build, load_weights
 from .retrain import evaluate
 from .rows import LAYOUTS
 from .sharing import make_plan, share
@@ -38,42 +38,9 @@ def _option(text): # "depth=16" → ("depth", 16)
     except ValueError:
         raise ValueError(f"option={text!r} must have a number, true or false as its value") from None
 
-
-def _state_dict(path):
-    if not Path(path).is_file():
-        raise ValueError(f"MODEL={str(path)!r} is no file")
-    try:
-        state = _read_safetensors(path) if _is_safetensors(path) else torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # each reader has errors of its own for what it does not know
-        raise ValueError(f"MODEL={str(path)!r} is neither safetensors nor a state dict that loads with weights_only: {str(error).splitlines()[0]}") from None
-    state = state.get("state_dict", state) if isinstance(state, dict) else {}
-    of_training = {name.removeprefix("model."): t for name, t in state.items() if name.startswith("model.")}  # beside momenta and the like
-    return {name: t for name, t in (of_training or state).items() if isinstance(t, torch.Tensor)}
-
-
-def _is_safetensors(path):
-    with open(path, "rb") as file:
-        return file.read(9)[8:] == b"{"
-
-
-def _read_safetensors(path):
-    from safetensors.torch import load_file
-
-    return load_file(path)
-
-
-def _load_weights(model, path):
-    state, wanted = _state_dict(path), model.state_dict()
-    for name in (*wanted, *state):
-        if name not in state or name not in wanted or state[name].shape != wanted[name].shape:
-            has = [f"{'×'.join(map(str, t[name].shape)) or 'a number'}" if name in t else "no such tensor" for t in (state, wanted)]
-            raise ValueError(f"MODEL={str(path)!r} does not fit the architecture: {name!r} is {has[0]} in the file and {has[1]} in the network")
-    model.load_state_dict(state)
-    return model
-
 # %% ../nbs/40_cli.ipynb #compress
 def _compress(args): # → data, text
-    model = _load_weights(_network(args), args.model)
+    model = load_weights(_network(args), args.model)
     report = share(model, _plan(args, model), seed=args.seed, progress=not args.json and sys.stderr.isatty())
     size = save_compressed(model, args.output, codebook_dtype=args.codebook)
     sizes = compression(model, coding="file")

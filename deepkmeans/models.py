@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'Enlarge', 'lenet5', 'tt_conv_cnn', 'freshnet_cnn', 'wide_resnet', 'googlenet', 'alexnet', 'googlenet_64',
-           'build']
+           'build', 'load_weights']
 
 # %% ../nbs/10_models.ipynb #imports
 from collections import OrderedDict
 from contextlib import contextmanager
 from functools import wraps
 from inspect import signature
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -272,3 +273,43 @@ def _torchvision(name, num_classes, seed=0, **options):
         model = models.get_model(short, weights=None, num_classes=num_classes, **options)
     model.architecture = {"name": name, "num_classes": num_classes, **options}
     return model
+
+# %% ../nbs/10_models.ipynb #weights
+def load_weights(
+    model, # a network; its weights are replaced
+    path, # safetensors, or a state dict that loads with weights_only=True; what belongs to a training beside the network is left out
+) -> nn.Module: # the same network
+    """Put the weights of a file into a network that has tensors of just those names and shapes.
+
+    Raises `ValueError` for a file that is missing, cannot be read, or does not fit; the network is then as it was.
+    """
+    state, wanted = _state_dict(path), model.state_dict()
+    for name in (*wanted, *state):
+        if name not in state or name not in wanted or state[name].shape != wanted[name].shape:
+            has = [f"{'×'.join(map(str, t[name].shape)) or 'a number'}" if name in t else "no such tensor" for t in (state, wanted)]
+            raise ValueError(f"checkpoint={str(path)!r} does not fit the architecture: {name!r} is {has[0]} in the file and {has[1]} in the network")
+    model.load_state_dict(state)
+    return model
+
+
+def _state_dict(path):
+    if not Path(path).is_file():
+        raise ValueError(f"checkpoint={str(path)!r} is no file")
+    try:
+        state = _read_safetensors(path) if _is_safetensors(path) else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # each reader has errors of its own for what it does not know
+        raise ValueError(f"checkpoint={str(path)!r} is neither safetensors nor a state dict that loads with weights_only: {str(error).splitlines()[0]}") from None
+    state = state.get("state_dict", state) if isinstance(state, dict) else {}
+    of_training = {name.removeprefix("model."): t for name, t in state.items() if name.startswith("model.")}  # beside momenta and the like
+    return {name: t for name, t in (of_training or state).items() if isinstance(t, torch.Tensor)}
+
+
+def _is_safetensors(path):
+    with open(path, "rb") as file:
+        return file.read(9)[8:] == b"{"
+
+
+def _read_safetensors(path):
+    from safetensors.torch import load_file
+
+    return load_file(path)

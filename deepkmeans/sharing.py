@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CONVOLUTIONS', 'LayerPlan', 'make_plan', 'SharedWeight', 'centroids', 'SharingReport', 'cluster', 'planned_layers',
-           'cluster_layers', 'share', 'share_layer', 'shared_layers', 'unshare']
+           'cluster_layers', 'side_by_side', 'share', 'share_layer', 'shared_layers', 'unshare']
 
 # %% ../nbs/02_sharing.ipynb #imports
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -232,19 +232,29 @@ def cluster_layers(
     progress=False, # show a progress bar?
 ) -> dict: # {layer name: Clustering}
     """The k-means of each layer under its plan, on a CPU side by side."""
-    seeds = torch.randint(2**31, (len(layers),), generator=seed).tolist() if isinstance(seed, torch.Generator) else [seed] * len(layers)
-    threads, on_cpu = torch.get_num_threads(), all(m.weight.device.type == "cpu" for m in layers.values())
-    side = max(1, min(threads, len(layers))) if on_cpu else 1
-    jobs = sorted(zip(layers, seeds), key=lambda job: -layers[job[0]].weight.numel())
+    draw = (lambda: int(torch.randint(2**31, (), generator=seed))) if isinstance(seed, torch.Generator) else lambda: seed
+    seeds = {name: draw() for name in layers}
+    one = lambda name, weight: cluster(weight, plan[name], codes=(codes or {}).get(name), seed=seeds[name], backend=backend, max_iter=max_iter)
+    return side_by_side(one, {name: m.weight for name, m in layers.items()}, "share", progress)
+
+
+def side_by_side(
+    call, # (layer name, weight) → a result
+    weights, # {layer name: weight}
+    what="", # text of the progress bar
+    progress=False, # show it?
+) -> dict: # {layer name: result}
+    """Call for each layer, the largest first: on a CPU in as many threads as PyTorch may use, which share these among them."""
+    threads, on_cpu = torch.get_num_threads(), all(w.device.type == "cpu" for w in weights.values())
+    side = max(1, min(threads, len(weights))) if on_cpu else 1
     try:
-        with ThreadPoolExecutor(side, initializer=torch.set_num_threads, initargs=(threads // side,)) as pool, tqdm(total=len(jobs), desc="share", disable=not progress) as bar:
-            found = {pool.submit(cluster, layers[name].weight, plan[name], codes=(codes or {}).get(name), seed=s, backend=backend, max_iter=max_iter): name for name, s in jobs}
-            for _ in as_completed(found):
+        with ThreadPoolExecutor(side, initializer=torch.set_num_threads, initargs=(threads // side,)) as pool, tqdm(total=len(weights), desc=what, disable=not progress) as bar:
+            jobs = {name: pool.submit(call, name, weights[name]) for name in sorted(weights, key=lambda name: -weights[name].numel())}
+            for _ in as_completed(jobs.values()):
                 bar.update()
-        results = {name: future.result() for future, name in found.items()}
+        return {name: jobs[name].result() for name in weights}
     finally:
         torch.set_num_threads(threads)  # what a worker sets counts for threads that come later
-    return {name: results[name] for name in layers}
 
 # %% ../nbs/02_sharing.ipynb #share
 def share(

@@ -89,7 +89,7 @@ def test_energy_of_a_file_and_of_a_name(here, capsys):
 
 
 @pytest.mark.parametrize("line, message", [
-    ("compress missing.pt --arch lenet5 --K 8 -o x.dkm", "MODEL='missing.pt' is no file"),
+    ("compress missing.pt --arch lenet5 --K 8 -o x.dkm", "checkpoint='missing.pt' is no file"),
     ("compress pickled.pt --arch lenet5 --K 8 -o x.dkm", "nor a state dict that loads with weights_only"),
     ("compress lenet.pt --arch lenet6 --K 8 -o x.dkm", "must be one of lenet5"),
     ("compress lenet.pt --arch lenet5 --num-classes 7 --K 8 -o x.dkm", "'fc2.weight' is 10×500 in the file and 7×500"),
