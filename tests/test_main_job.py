@@ -56,6 +56,23 @@ def test_a_run_can_start_from_a_checkpoint(two_runs, papermill, tmp_path):
     assert stages["baseline"] == record["stages"]["baseline"] and set(stages) == {"baseline", "wr", "retrained", "shared"}
 
 
+def test_retraining_can_see_a_part_of_the_images(two_runs, papermill, tmp_path):
+    (baseline,) = (two_runs[0][0].parent / "baselines").glob("*.safetensors")
+    for part in ("retrain_images", "train_images"):  # from a given baseline both leave the same images
+        done = papermill("nbs/retrain.ipynb", checkpoint=baseline, K=4, epochs=1, finetune_epochs=1, out=tmp_path / part, progress=False, **{part: 128})
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (only_run(tmp_path / part)[1] for part in ("retrain_images", "train_images"))
+    assert one["stages"] == two["stages"] and one["dataset"]["train"] > two["dataset"]["train"] == 128
+
+
+def test_the_job_of_the_baselines_starts_from_a_checkpoint_too(two_runs, papermill, tmp_path):
+    (baseline,) = (two_runs[0][0].parent / "baselines").glob("*.safetensors")
+    done = papermill("nbs/baseline.ipynb", method="deep-compression", checkpoint=baseline, epochs=1, retrain_images=128, out=tmp_path, progress=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    stages = only_run(tmp_path)[1]["stages"]
+    assert stages["baseline"]["top1"] == two_runs[0][1]["stages"]["baseline"]["top1"] and set(stages) == {"baseline", "shared", "trained"}
+
+
 def test_a_target_ratio_lets_the_allocator_choose(two_runs, papermill, tmp_path):
     (baseline,) = (two_runs[0][0].parent / "baselines").glob("*.safetensors")
     done = papermill("nbs/retrain.ipynb", checkpoint=baseline, target_ratio=20, K=3, epochs=1, finetune_epochs=0, out=tmp_path, progress=False)
@@ -73,6 +90,8 @@ def test_a_target_ratio_lets_the_allocator_choose(two_runs, papermill, tmp_path)
     (dict(model="lenet6"), "must be one of lenet5"),
     (dict(kind="soft"), "kind='soft' must be one of indicator"),
     (dict(data="mnist", data_root="/nowhere"), "mnist was not found"),
+    (dict(checkpoint="nowhere.safetensors"), "checkpoint='nowhere.safetensors' is no file"),
+    (dict(retrain_images=10**6), "must be from 0 to the number of images"),
     (dict(target_ratio=0.5), "target_ratio=0.5 must be above 1"),
 ])
 def test_nonsense_ends_in_one_line_and_writes_nothing(papermill, tmp_path, monkeypatch, parameters, message):
