@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PLACES', 'REPRODUCIBLE', 'UserError', 'user_errors', 'given_parameters', 'run_id', 'baseline_file', 'environment',
            'save_record', 'read_records', 'pack_records', 'execute', 'notebook_parameters', 'lookup', 'collect', 'run',
-           'paper_numbers', 'repository', 'reproduce', 'Row', 'suites', 'compare', 'claims', 'gallery']
+           'paper_numbers', 'repository', 'reproduce', 'Row', 'suites', 'compare', 'claims', 'headline', 'gallery']
 
 # %% ../nbs/30_experiments.ipynb #imports
 import csv
@@ -431,6 +431,33 @@ def claims(
             beside = f" (paper {paper:+.2f})" if paper == paper else ""
             said.append(f"{better} against {worse}: {gap:+.2f} points{beside}; that it is the better one {'holds' if gap > 0 else 'does not hold'}.")
     return said
+
+# %% ../nbs/30_experiments.ipynb #headline
+def headline(
+    frame, # as `compare` gives it
+    table, # its number in the paper
+    setting, # network, data, baseline, in words
+    at, # the nominal ratio that is shown
+    root=".", # root of the repository
+    which="", # " (convolutions)" for the lines that are so called
+):
+    """Put a table's line into the README: what sharing alone, re-training, its control and the best other method lose, the paper's numbers in brackets.
+
+    Raises `ValueError` where the README has no line for this table.
+    """
+    page, mark = repository(root) / "README.md", f"| Table {table} |"
+    text = page.read_text()
+    if mark not in text:
+        raise ValueError(f"README.md has no line that begins with {mark!r}")
+    others = frame[~frame.method.str.startswith(("WR", "Deep k-Means", "spectral", "control", "dense")) & (frame.ended > 0)]
+    best = [f"{_loss(line)}, {line.method} at {line.nominal:g}" for line in others.sort_values("change").tail(1).itertuples()]
+    cells = [_loss(frame.loc[f"{method}{which} at {at:g}"]) for method in ("WR", "Deep k-Means", "control")]
+    line = " | ".join([mark.strip("| "), setting, f"{at:g}", *cells, *(best or ["not run"])])
+    page.write_text("\n".join(f"| {line} |" if old.startswith(mark) else old for old in text.split("\n")))
+
+
+def _loss(line):  # "−0.70 (paper −1.95)"
+    return (f"{line.change:+.2f}" if line.ended else "not run") + (f" ({line.paper:+.2f})" if line.paper == line.paper else "")
 
 # %% ../nbs/30_experiments.ipynb #gallery
 def gallery(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'use_style', 'stage_color', 'stages_figure', 'rows_figure', 'history_figure', 'filters_figure',
-           'energy_figure', 'change_figure']
+           'energy_figure', 'change_figure', 'bars_figure']
 
 # %% ../nbs/31_figures.ipynb #imports
 import torch
@@ -136,7 +136,7 @@ def _unit(value):
     return 10 ** exponent, {9: "10⁹", 6: "10⁶", 3: "10³", 0: ""}[exponent]
 
 # %% ../nbs/31_figures.ipynb #change-figure
-_METHODS = {"Deep k-Means": ("C2", "o"), "Deep k-Means, allocated": ("C8", "o"), "WR": ("C3", "X"), "control": ("C1", "D")}
+_METHODS = {"Deep k-Means, allocated": ("C8", "o"), "Deep k-Means": ("C2", "o"), "WR": ("C3", "X"), "control": ("C1", "D"), "dense": ("0.5", "_")}
 
 
 def change_figure(
@@ -150,7 +150,7 @@ def change_figure(
     plt = use_style()
     fig, ax = plt.subplots(figsize=(9, 5), layout="constrained")
     others = iter(zip(["C0", "C4", "C5", "C6", "C9", "black"] * 2, "s^vP*Xph<>d8"))
-    looks = {method: _METHODS.get(method) or next(others) for method in dict.fromkeys(frame.method)}
+    looks = {method: _METHODS.get("dense" if method.startswith("dense") else method) or next(others) for method in dict.fromkeys(frame.method)}
     for method, (color, mark) in looks.items():
         lines = frame[frame.method == method].sort_values("nominal")
         ax.plot(lines.nominal, lines.paper, mark + ":", color="0.6", markersize=7, markerfacecolor="none", linewidth=1)
@@ -168,4 +168,25 @@ def change_figure(
     ax.set_xticks(ticks, [f"{t:g}" for t in ticks], minor=False)
     ax.minorticks_off()
     fig.legend(*ax.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=10)
+    return fig
+
+# %% ../nbs/31_figures.ipynb #bars-figure
+def bars_figure(
+    panels, # {title: frame as `experiments.compare` gives it}, with the same methods in each
+):
+    """Change of accuracy of each method as a bar, with one standard deviation where there are several seeds, the paper's as a grey tick: a panel for each ratio."""
+    plt = use_style()
+    methods = list(dict.fromkeys(m for frame in panels.values() for m in frame.method))[::-1]
+    fig, axes = plt.subplots(1, len(panels), figsize=(3.2 * len(panels) + 4, 0.42 * len(methods) + 1.4), sharey=True, squeeze=False, layout="constrained")
+    low = 1.3 * min(-1.0, *(frame[column].min() for frame in panels.values() for column in ("change", "paper")))
+    for ax, (title, frame) in zip(axes[0], panels.items()):
+        for line in frame.itertuples():
+            y, kin = methods.index(line.method), next((m for m in _METHODS if line.method.startswith(m)), None)
+            ax.barh(y, line.change if line.ended else 0, xerr=line.sd if line.sd == line.sd else None, color=_METHODS[kin][0] if kin else "C0", height=0.55)
+            ax.annotate(f"{line.change:+.1f}" if line.ended else "not run", (min(line.change, 0) if line.ended else 0, y), (-4, 0), textcoords="offset points", ha="right", va="center", fontsize=9, color="0.2")
+        ax.plot(frame.paper, [methods.index(m) for m in frame.method], "|", color="0.35", markersize=18, markeredgewidth=2.5, label="paper")
+        ax.axvline(0, color="0.8", linewidth=1)
+        ax.set(title=title, xlabel="change of top-1, points", xlim=(low, max(-0.1 * low, 1.2 * max(f.change.max() for f in panels.values()))))
+    axes[0][0].set_yticks(range(len(methods)), methods)
+    axes[0][-1].legend(loc="lower left", frameon=False)
     return fig
