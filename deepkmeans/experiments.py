@@ -467,7 +467,7 @@ def gallery(
     root = repository(root)
     groups = {}
     for path in sorted((root / "figures").glob("*.*")):
-        if path.suffix in (".png", ".csv", ".md", ".jsonl") and path.name != "README.md":
+        if path.suffix in (".png", ".csv", ".md", ".jsonl", ".dkm") and path.name != "README.md":
             groups.setdefault(_origin(root, path), []).append(path)
     parts = ["# Figures and tables\n\nGenerated from the files of this folder and their records; every number in it was measured by the notebook that it stands under, but for the paper's own."]
     parts += [_section(root, notebook, paths) for notebook, paths in sorted(groups.items(), key=lambda g: str(g[0]))]

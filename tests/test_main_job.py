@@ -7,6 +7,8 @@ import time
 
 import pytest
 
+from deepkmeans.cli import main
+
 QUICK = dict(baseline_epochs=2, epochs=2, finetune_epochs=1, progress=False)
 
 
@@ -44,7 +46,15 @@ def test_the_same_command_gives_the_same_record_and_model(two_runs):
     (one, a), (two, b) = two_runs[:2]
     a.pop("seconds"), b.pop("seconds")
     assert a == b
-    assert (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
+    for name in ("model.safetensors", "model.dkm"):
+        assert (one / name).read_bytes() == (two / name).read_bytes()
+
+
+def test_the_compressed_file_has_the_accuracy_of_the_record(two_runs, capsys):
+    folder, record = two_runs[0]
+    assert main(["evaluate", str(folder / "model.dkm"), "--data", "digits", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["top1"] == pytest.approx(record["stages"]["finetuned"]["top1"])
+    assert f"{(folder / 'model.dkm').stat().st_size:,} bytes" in two_runs[2]
 
 
 def test_a_run_can_start_from_a_checkpoint(two_runs, papermill, tmp_path):
