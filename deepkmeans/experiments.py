@@ -150,10 +150,16 @@ import papermill
 notebook, executed, parameters, show = sys.argv[1:]
 if show:
     logging.basicConfig(level="INFO", format="%(message)s")
-try:
-    papermill.execute_notebook(notebook, executed, json.loads(parameters), progress_bar=False, log_output=bool(show))
-except papermill.PapermillExecutionError as error:
-    sys.exit(f"{error.ename}: {error.evalue}")
+for left in (2, 1, 0):
+    try:
+        papermill.execute_notebook(notebook, executed, json.loads(parameters), progress_bar=False, log_output=bool(show))
+        break
+    except papermill.PapermillExecutionError as error:
+        sys.exit(f"{error.ename}: {error.evalue}")
+    except RuntimeError as error:
+        if type(error) is not RuntimeError or not left:
+            raise
+        print(f"{error}; once more")
 """
 
 

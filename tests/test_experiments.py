@@ -72,6 +72,18 @@ def test_the_same_suite_on_dask(small, tmp_path, capsys):
     assert failed.count("failed: ") == 1 and "notebook.ipynb: ValueError: x=3 is not wanted" in failed
 
 
+def test_a_kernel_that_does_not_come_up_gets_another_try(small, tmp_path, monkeypatch):
+    spec = tmp_path / "jupyter" / "kernels" / "late"
+    spec.mkdir(parents=True)
+    late = "import os, pathlib, sys; tried = pathlib.Path(sys.argv[1]); first = not tried.exists(); tried.touch(); sys.exit('port taken') if first else os.execv(sys.executable, [sys.executable, '-m', 'ipykernel_launcher', '-f', sys.argv[2]])"
+    (spec / "kernel.json").write_text(json.dumps(dict(argv=[sys.executable, "-c", late, str(tmp_path / "tried"), "{connection_file}"], display_name="late", language="python")))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    book = json.loads(small.read_text())
+    book["metadata"]["kernelspec"] = dict(name="late", display_name="late", language="python")
+    small.write_text(json.dumps(book))
+    assert ex.run(small, [dict(x=2)], out=tmp_path / "runs", progress=False).made.all() and (tmp_path / "tried").exists()
+
+
 def test_figures_1_and_2_at_smoke(root, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in (root / "figures").iterdir()}
     (executed,) = ex.reproduce("figure1", "smoke", out=tmp_path, root=root, show=False).values()
