@@ -143,12 +143,13 @@ def change_figure(
     frame, # as `experiments.compare` gives it
     x, # column with the ratio of ours
     *,
-    floor, # lower edge, points
+    floor, # the lower edge is nowhere below it, points
     label="compression ratio", # of the horizontal axis
 ):
     """Change of accuracy over the ratio: ours in colour, with one standard deviation where there are several seeds, the paper's in grey at their nominal ratio."""
     plt = use_style()
     fig, ax = plt.subplots(figsize=(9, 5), layout="constrained")
+    floor = max(floor, 1.2 * min(frame.change.min(), frame.paper.min(), 0) - 0.5)
     others = iter(zip(["C0", "C4", "C5", "C6", "C9", "black"] * 2, "s^vP*Xph<>d8"))
     looks = {method: _METHODS.get("dense" if method.startswith("dense") else method) or next(others) for method in dict.fromkeys(frame.method)}
     for method, (color, mark) in looks.items():
