@@ -184,7 +184,7 @@ def bars_figure(
         for line in frame.itertuples():
             y, kin = methods.index(line.method), next((m for m in _METHODS if line.method.startswith(m)), None)
             ax.barh(y, line.change if line.ended else 0, xerr=line.sd if line.sd == line.sd else None, color=_METHODS[kin][0] if kin else "C0", height=0.55)
-            ax.annotate(f"{line.change:+.1f}" if line.ended else "not run", (min(line.change, 0) if line.ended else 0, y), (-4, 0), textcoords="offset points", ha="right", va="center", fontsize=9, color="0.2")
+            ax.annotate(f"{line.change:+.1f}" if line.ended else "not run", (min(line.change if line.ended else line.paper if line.paper == line.paper else 0, 0), y), (-4, 0), textcoords="offset points", ha="right", va="center", fontsize=9, color="0.2")
         ax.plot(frame.paper, [methods.index(m) for m in frame.method], "|", color="0.35", markersize=18, markeredgewidth=2.5, label="paper")
         ax.axvline(0, color="0.8", linewidth=1)
         ax.set(title=title, xlabel="change of top-1, points", xlim=(low, max(-0.1 * low, 1.2 * max(f.change.max() for f in panels.values()))))
