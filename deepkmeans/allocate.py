@@ -105,9 +105,8 @@ def layer_curve(
     rows, scale = rows[order], to_rows(importance * torch.ones_like(weight, dtype=torch.float64), layout)[order] / 2  # by rising norm
     zero = F.pad((scale * rows.double().square()).sum(1).cumsum(0), (1, 0)).cpu().numpy()  # (n + 1,)
     n, distinct = len(rows), len(rows.unique(dim=0))
-    ks, loss, bits = [], [], []
+    ks, loss, bits, pinned = [], [], [], [round(p * n) for p in sparsities]
     for k in _sizes(min(distinct, max(1, n - 1), LARGEST_K), 2 if n <= SAMPLE else 4):
-        pinned = [round(p * n) for p in sparsities]
         found = [_measured(rows[m:], scale[m:], k - (m > 0), seed, backend) for m in pinned]  # one centre is zero, of the pinned rows
         ks, loss, bits = [*ks, k], [*loss, [f[0] for f in found]], [*bits, [f[1] for f in found]]
         if loss[-1][0] <= FINE * zero[-1]:
