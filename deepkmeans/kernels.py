@@ -654,15 +654,18 @@ def _splice(coarse, fine, k):  # k intervals from two solutions that are optimal
 def _search_price(prefix, k):  # cuts with at most k intervals, cuts with at least k
     n = prefix.shape[1] - 1
     high, low = _interval(prefix, 0, n), 0.0
-    coarse, fine = np.array([0, n]), np.arange(n + 1)
+    coarse, fine, price = np.array([0, n]), np.arange(n + 1), 3 * high / k**3
     for step in range(200):
-        if k in (len(coarse) - 1, len(fine) - 1) or not low < (middle := _between(low, high, step)) < high:
+        if step > 20 or not low < price < high:
+            price = _between(low, high, step)
+        if k in (len(coarse) - 1, len(fine) - 1) or not low < price < high:
             break
-        cuts = _cuts(prefix, middle)
+        cuts = _cuts(prefix, price)
         if len(cuts) - 1 <= k:
-            coarse, high = cuts, middle
+            coarse, high = cuts, price
         if len(cuts) - 1 >= k:
-            fine, low = cuts, middle
+            fine, low = cuts, price
+        price *= ((len(cuts) - 1) / k)**3
     return coarse, fine
 
 

@@ -84,13 +84,25 @@ def test_a_kernel_that_does_not_come_up_gets_another_try(small, tmp_path, monkey
     assert ex.run(small, [dict(x=2)], out=tmp_path / "runs", progress=False).made.all() and (tmp_path / "tried").exists()
 
 
+def stamps(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
 def test_figures_1_and_2_at_smoke(root, tmp_path):
-    before = {path: path.stat().st_mtime_ns for path in (root / "figures").iterdir()}
+    before = stamps(root / "figures")
     (executed,) = ex.reproduce("figure1", "smoke", out=tmp_path, root=root, show=False).values()
     cells = {c["id"]: "".join(o.get("text", "") if isinstance(o.get("text"), str) else "".join(o.get("text", ())) for o in c.get("outputs", ())) for c in json.loads(executed.read_text())["cells"]}
     assert "14 of 14 runs are there" in cells["run"]
     assert cells["verdict-claims"].count("goes to ratio") == 2 and "re-training wins in" in cells["verdict-control"]
-    assert {path: path.stat().st_mtime_ns for path in (root / "figures").iterdir()} == before, "smoke must not touch figures/"
+    assert stamps(root / "figures") == before, "smoke must not touch figures/"
+
+
+def test_allocation_at_smoke(root, tmp_path):
+    before = stamps(root / "figures")
+    ex.reproduce("allocation", "smoke", out=tmp_path, root=root, show=False)
+    methods = [record["method"] for record in ex.read_records(tmp_path / "allocation_lenet5_smoke.jsonl")]
+    assert methods.count("allocator, data") == methods.count("one K") == 3 and methods.count("baseline") == 1
+    assert stamps(root / "figures") == before, "smoke must not touch figures/"
 
 
 def test_committed_records_are_found_by_their_suites(root):
