@@ -21,7 +21,7 @@ from .codec import CODEBOOK_DTYPES, decompress, inspect, load_compressed, save_c
 from .models import MODELS, build, load_weights
 from .retrain import evaluate
 from .rows import LAYOUTS
-from .sharing import make_plan, share
+from .sharing import as_text, make_plan, share
 
 # %% ../nbs/40_cli.ipynb #network
 def _network(args): # → the network that the options --arch, --num-classes and --option name
@@ -102,7 +102,7 @@ def _energy(args):
     name, channels = model.architecture["name"], model.architecture.get("in_channels", 3)
     side = SIDES.get(name, 224)
     report = _part("energy", "energy")(model, tuple(args.input or (channels, side, side)))
-    return dict(network=name, macs=report.macs, full_adders=report.full_adders, total=report.total, layers=list(report.rows)), f"{report}\n\n{report.layers.to_string(float_format='{:.4g}'.format)}"
+    return dict(network=name, macs=report.macs, full_adders=report.full_adders, total=report.total, layers=list(report.rows)), f"{report}\n\n{as_text(report.layers)}"
 
 
 def _reproduce(args):

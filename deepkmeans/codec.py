@@ -28,7 +28,7 @@ from torch.nn.utils import parametrize
 
 from .models import build
 from .rows import LAYOUTS, from_rows, row_length
-from .sharing import SharedWeight, shared_layers
+from .sharing import SharedWeight, as_text, shared_layers
 
 # %% ../nbs/06_codec.ipynb #error
 class CompressedFileError(ValueError):
@@ -168,7 +168,7 @@ MAX_HEADER = 2**24  # bytes
 
 def _open_container(data): # uint8 array → metadata, {name: uint8 array}
     length = int.from_bytes(data[:8].tobytes(), "little") if len(data) > 8 else 0
-    _need(2 <= length <= min(len(data) - 8, MAX_HEADER), f"the length of the header, {length} bytes, does not fit a file of {len(data)} bytes")
+    _need(2 <= length <= min(len(data) - 8, MAX_HEADER), f"no compressed file, or a part of one: a header of {length:,} bytes does not fit a file of {len(data):,} bytes")
     head, body = data[:8 + length], data[8 + length:]
     header = _json(head[8:].tobytes(), dict)
     metadata, arrays, at = header.pop("__metadata__", None), {}, 0
@@ -530,7 +530,7 @@ class FileReport:
 
     def __str__(self):
         name = self.architecture["name"] if self.architecture else "a network without a name"
-        return f"{name} in {self.bytes:,} bytes\n" + self.layers.to_string(float_format="{:.3f}".format, na_rep="").replace("<NA>", "    ")
+        return f"{name} in {self.bytes:,} bytes\n" + as_text(self.layers, "{:.3f}")
 
 
 def inspect(

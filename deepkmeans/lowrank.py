@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from .accounting import FLOAT_BITS, compression
-from .sharing import CONVOLUTIONS, make_plan, planned_layers
+from .sharing import CONVOLUTIONS, as_text, make_plan, planned_layers
 
 # %% ../nbs/24_lowrank.ipynb #report
 @dataclass
@@ -35,7 +35,7 @@ class FactorReport:
 
     def __str__(self):
         skipped = "".join(f"\nnot factored: {name} ({reason})" for name, reason in self.skipped.items())
-        return self.layers.to_string(float_format="{:.4g}".format) + skipped
+        return as_text(self.layers) + skipped
 
 
 def _row(name, weight, ranks, factors, error):

@@ -58,6 +58,17 @@ def test_inspect_and_decompress_agree_with_the_library(here, capsys):
     assert torch.equal(net.eval()(x), load_compressed("half.dkm")(x)) and len(np.unique(dense["conv2.weight"].reshape(-1, 5), axis=0)) == 10
 
 
+def test_tables_are_broken_at_the_width_of_a_terminal(here, capsys, monkeypatch):
+    run("compress lenet.safetensors --arch lenet5 --K 8 -o out.dkm", capsys)
+    assert max(map(len, run("inspect out.dkm", capsys)[1].splitlines())) > 60
+    monkeypatch.setenv("COLUMNS", "60")
+    for stream in (sys.stderr, sys.__stdout__):  # what a library prints goes to the standard error, so the program writes its table with that in the place of the output
+        monkeypatch.setattr(stream, "isatty", lambda: True)
+    for line in ("inspect out.dkm", "energy out.dkm"):
+        table = run(line, capsys)[1].splitlines()[2:]
+        assert len(table) > 10 and max(map(len, table)) <= 60
+
+
 def test_evaluate_on_the_embedded_data(here, capsys):
     run("compress lenet.safetensors --arch lenet5 --K 8 -o out.dkm", capsys)
     found = json.loads(run("evaluate out.dkm --data digits --json", capsys)[1])
