@@ -1,4 +1,5 @@
 """What holds the repository together: exported modules, notebooks, wheel, environments, README."""
+import ast
 import json
 import os
 import re
@@ -34,6 +35,16 @@ def test_cells_have_fixed_meaningful_ids(root):
     for path in notebooks(root):
         ids = [c["id"] for c in cells(path) + cells(path, "markdown")]
         assert len(set(ids)) == len(ids) and all(re.fullmatch(r"[a-z][a-z0-9-]*", i) for i in ids), path.name
+
+
+def test_imports_stand_in_cells_of_their_own(root):
+    # nbdev_docs executes each cell that holds an import, without those before it
+    harmless = (ast.Import, ast.ImportFrom, ast.FunctionDef)
+    for path in notebooks(root):
+        for cell in cells(path):
+            body = [] if "#| export" in "".join(cell["source"]) else ast.parse("".join(cell["source"])).body
+            imports = any(isinstance(node, (ast.Import, ast.ImportFrom)) for statement in body for node in ast.walk(statement))
+            assert not imports or all(isinstance(statement, harmless) for statement in body), (path.name, cell["id"])
 
 
 def test_parameterized_notebooks_have_one_parameters_cell(root):
