@@ -105,6 +105,21 @@ def test_allocation_at_smoke(root, tmp_path):
     assert stamps(root / "figures") == before, "smoke must not touch figures/"
 
 
+def test_table_1_at_smoke(root, tmp_path):
+    (executed,) = ex.reproduce("table1", "smoke", out=tmp_path, root=root, show=False).values()
+    said = {c["id"]: "".join("".join(o.get("text", ())) for o in c.get("outputs", ())) for c in json.loads(executed.read_text())["cells"]}
+    assert "4 of 4 runs are there" in said["run"] and "that it is the better one" in "".join(said.values())
+
+
+def test_every_baseline_runs_from_the_same_network(root, tmp_path):
+    small = dict(model="lenet5", data="digits", train_images=128, test_images=64, batch_size=32, baseline_epochs=1, epochs=1)
+    methods = {"tt": {"rank": 4}, "tt-naive": {"rank": 4}, "hashed": {}, "freshnet": {}, "lrd": {}, "tucker": {}, "separable": {}, "dkm": {}, "deep-compression": {}, "soft": {"components": 3}}
+    runs = ex.run(root / "nbs" / "baseline.ipynb", [{**small, "method": m, "settings": s} for m, s in methods.items()], out=tmp_path, jobs=2, progress=False).set_index("method")
+    assert runs.made.all() and runs["stages.baseline.loss"].nunique() == 1
+    size = runs.filter(regex=r"^stages.trained.ratio.network").max(axis=1)
+    assert (size > 1).all() and abs(size["hashed"] / 16 - 1) < 0.01 and abs(size["freshnet"] / 16 - 1) < 0.01, size
+
+
 def test_committed_records_are_found_by_their_suites(root):
     for name, notebook in (("lenet_regularizers_cpu", "retrain"), ("figure1_2_lenet_cpu", "one_layer")):
         records = ex.read_records(root / "figures" / f"{name}.jsonl")
