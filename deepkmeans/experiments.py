@@ -304,9 +304,9 @@ def _watch(futures, bar):
 
 # %% ../nbs/30_experiments.ipynb #paper
 def paper_numbers(
-    name, # "table1" … "table4", "figure1", "figure2"
+    name, # "table1" … "table4", "figure1", "figure2", "soft_weight_sharing"
 ): # a pandas frame, one line for each reported number
-    """What the paper reports, with the evidence for it. Raises `ValueError` for an unknown name."""
+    """What the paper, or that of soft weight-sharing, reports, with the evidence for it. Raises `ValueError` for an unknown name."""
     import pandas as pd
 
     known = sorted(path.name.removesuffix(".csv") for path in (files("deepkmeans") / "paper").iterdir() if path.name.endswith(".csv"))

@@ -35,6 +35,7 @@ def test_cells_have_fixed_meaningful_ids(root):
     for path in notebooks(root):
         ids = [c["id"] for c in cells(path) + cells(path, "markdown")]
         assert len(set(ids)) == len(ids) and all(re.fullmatch(r"[a-z][a-z0-9-]*", i) for i in ids), path.name
+        assert not [c["id"] for c in cells(path, "markdown") if "\\n\\n" in "".join(c["source"])], path.name  # line breaks, and not their escapes
 
 
 def test_imports_stand_in_cells_of_their_own(root):
