@@ -84,6 +84,15 @@ def test_the_sensitive_layer_gets_more_with_data_than_without():
     assert louder["0"].sum() > information["0"].sum()
 
 
+def test_a_layer_is_worth_the_root_of_its_fisher_energy_and_without_data_as_much_as_any_other():
+    net = vgg_like().eval()
+    data = [(torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(1)), None)]
+    curves, alike = dk.layer_curves(net, data), dk.layer_curves(net)
+    for name, f in dk.fisher(net, data, list(curves)).items():
+        energy = (f * net.get_submodule(name).weight.double() ** 2).sum().item() / 2
+        assert curves[name].zero[-1] == pytest.approx(energy ** 0.5) and alike[name].zero[-1] == pytest.approx(1)
+
+
 @pytest.mark.parametrize("wrong, message", [
     (dict(target_ratio=0.9), "target_ratio=0.9 must be above 1"),
     (dict(target_ratio=1e5), "target_ratio=100000.0 must be above 1 and at most"),
