@@ -304,7 +304,7 @@ def _nearer(x, i, means, new, old):  # decided in float64
 
 # %% ../nbs/01_kernels.ipynb #step
 @_quick
-def _overdue(x, centres, own, members, begin, end, drift, lower, todo, away):
+def _overdue(x, centres, own, members, begin, end, drift, lower, due, away):
     # rows whose bound fails, and how far they are from their centre
     count, widest = 0, _ZERO
     for p in range(begin, end):
@@ -313,7 +313,7 @@ def _overdue(x, centres, own, members, begin, end, drift, lower, todo, away):
         left = lower[i] - drift
         lower[i] = left
         if u * np.float32(1.0001) >= left:
-            todo[count], away[count] = i, u
+            due[count], away[count] = i, u
             count, widest = count + 1, max(widest, u)
     return count, widest
 
@@ -349,19 +349,19 @@ def reassign(
     other = max(_ZERO, max(shift[:largest].max() if largest else _ZERO, shift[largest + 1:].max() if largest + 1 < k else _ZERO))
     for p in range(begin, end):
         most = max(most, pieces[p, 2] - pieces[p, 1])
-    todo, away, room = np.empty(most, np.int32), np.empty(most, np.float32), k + _LEAF
+    due, away, room = np.empty(most, np.int32), np.empty(most, np.float32), k + _LEAF
     ids, found, squares = np.empty(k, np.int64), np.empty((d, room), np.float32), np.empty(room, np.float32)
     bits, stack = squares.view(np.int32), np.empty(len(packed) + 2, np.int64)
     for p in range(begin, end):
         own, still = pieces[p, 0], shift[pieces[p, 0]] == 0
         drift = other if own == largest else shift[largest]
-        count, widest = _overdue(x, centres, own, members, pieces[p, 1], pieces[p, 2], drift, lower, todo, away)
+        count, widest = _overdue(x, centres, own, members, pieces[p, 1], pieces[p, 2], drift, lower, due, away)
         if count == 0:
             continue
         reach = np.float32(2.0001) * widest
         near = _around(own, centres, reach, packed, low, high, active, still, ids, found, stack)
         for w in range(count):
-            i = todo[w]
+            i = due[w]
             outside = min(reach - away[w], lower[i] + drift) if still else reach - away[w]
             _settle(x, i, away[w], own, means, ids, found, near, squares, bits, outside, codes, lower)
 

@@ -91,6 +91,7 @@ def train_soft(
     tau=0.003, # strength of the prior
     lr=5e-4, # learning rate of the weights
     speed=1.0, # factor on RATES, the learning rates of the mixture
+    amp=False, # compute the network in bfloat16 where that is safe?
     progress=True, # show a progress bar?
 ) -> list: # one dict an epoch: loss and complexity, means over the epoch
     """Re-train weights and mixture together under the loss E + τ/N·complexity (Ullrich et al. 2017)."""
@@ -101,7 +102,9 @@ def train_soft(
         for epoch in range(epochs):
             loader.epoch, sums = epoch, torch.zeros(2)
             for x, y in loader:
-                loss, complexity = F.cross_entropy(model(x), y), mixture.complexity(weights)
+                with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
+                    loss = F.cross_entropy(model(x), y)
+                complexity = mixture.complexity(weights)
                 optimizer.zero_grad(set_to_none=True)
                 (loss + tau / images * complexity).backward()
                 optimizer.step()
