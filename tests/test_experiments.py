@@ -121,7 +121,7 @@ def test_every_baseline_runs_from_the_same_network(root, tmp_path):
 
 
 def test_committed_records_are_found_by_their_suites(root):
-    for name, notebook in (("lenet_regularizers_cpu", "retrain"), ("figure1_2_lenet_cpu", "one_layer")):
+    for name, notebook in (("lenet_regularizers_cpu", "retrain"), ("figure1_2_lenet_cpu", "one_layer"), ("figure1_2_lenet_full", "one_layer")):
         records = ex.read_records(root / "figures" / f"{name}.jsonl")
         assert records and ex.lookup(root / "nbs" / f"{notebook}.ipynb", [r["parameters"] for r in records], [root / "figures" / f"{name}.jsonl"]) == records
 
