@@ -108,7 +108,7 @@ def train_soft(
                 optimizer.zero_grad(set_to_none=True)
                 (loss + tau / images * complexity).backward()
                 optimizer.step()
-                sums += torch.stack([loss.detach(), complexity.detach()])
+                sums += torch.stack([loss.detach(), complexity.detach()]).cpu()
                 bar.update()
             history.append(dict(zip(("loss", "complexity"), (sums / len(loader)).tolist()), epoch=epoch + 1))
     return history
