@@ -159,8 +159,8 @@ def sparse_bits(
     reach = 2 ** width
     gaps = at.diff(prepend=at.new_tensor([-1]))  # (entries,), at least 1
     fillers = (gaps - 1) // reach  # (entries,)
-    distances = torch.cat([gaps - fillers * reach - 1, torch.full((int(fillers.sum()),), reach - 1)])
-    values = torch.cat([codes[at], torch.zeros(int(fillers.sum()), dtype=codes.dtype)])
+    distances = torch.cat([gaps - fillers * reach - 1, at.new_full((int(fillers.sum()),), reach - 1)])
+    values = torch.cat([codes[at], codes.new_zeros(int(fillers.sum()))])
     return sum(index_bits(torch.unique(stream, return_counts=True)[1], "huffman") for stream in (distances, values))
 
 
