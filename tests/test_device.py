@@ -1,0 +1,95 @@
+"""On a GPU: what is on the device stays there and gives what the CPU gives. Where there is none, a pretended one shows that no two devices meet."""
+import warnings
+
+import matplotlib
+import nbformat
+import pytest
+import torch
+from pretended_cuda import pretended_cuda
+
+from deepkmeans.kmeans import KMeans, encode, kmeans
+
+REAL = torch.cuda.is_available()
+matplotlib.use("Agg")
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of plain tensors, within the pretended device
+
+
+@pytest.fixture
+def cuda():
+    if REAL:
+        yield
+    else:
+        with pretended_cuda():
+            yield
+
+
+@pytest.mark.skipif(REAL, reason="there is a real device")
+@pytest.mark.parametrize("act", [lambda x, y: x + y, lambda x, y: torch.cat([x, y]), lambda x, y: y[x > 0], lambda x, y: x.numpy(), lambda x, y: torch.zeros(3) + torch.zeros(3, device=x.device)])
+def test_the_pretended_device_refuses_what_a_real_one_refuses(cuda, act):
+    y = torch.ones(3)
+    x = y.to("cuda")
+    assert x.is_cuda and (x + x).is_cuda and not x.cpu().is_cuda and x[y > 0].tolist() == [1, 1, 1]
+    with pytest.raises((RuntimeError, TypeError)):
+        act(x, y)
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto", pytest.param("keops", marks=pytest.mark.skipif(not REAL, reason="no CUDA device"))])
+@pytest.mark.parametrize("options", [dict(), dict(init="random", n_init=2), dict(pinned_zero=0.3), dict(weighted=True), dict(given=True)], ids=str)
+@pytest.mark.parametrize("d", [1, 3, 9])
+def test_kmeans_stays_on_the_device_and_finds_what_the_cpu_finds(cuda, backend, options, d):
+    rows = 0.05 * torch.randn(600, d, generator=torch.Generator().manual_seed(d))
+    weight = torch.linspace(1, 2, 600) if "weighted" in options else None
+    init = rows[:12] if "given" in options else options.get("init", "k-means++")
+    options = {**{k: v for k, v in options.items() if k not in ("weighted", "given")}, "init": init, "max_iter": 300, "tol": 0}
+    on_cpu = kmeans(rows, 12, sample_weight=weight, backend="exact" if backend == "auto" and d == 1 and isinstance(init, str) else "torch", **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = kmeans(rows.to("cuda"), 12, sample_weight=weight, backend=backend, **options)
+    assert found.codebook.is_cuda and found.codes.is_cuda
+    codebook, codes = found.codebook.cpu().double(), found.codes.cpu()
+    gaps = torch.cdist(rows.double(), codebook) ** 2  # (n, k), the oracle
+    own = gaps.gather(1, codes[:, None])[:, 0]
+    free = codes > 0 if "pinned_zero" in options else torch.ones(600, dtype=torch.bool)
+    assert (own <= gaps[:, 1 if "pinned_zero" in options else 0:].min(1).values + 1e-9)[free].all()
+    assert found.inertia == pytest.approx(float((own * (1 if weight is None else weight)).sum()), rel=1e-9)
+    assert found.inertia == pytest.approx(on_cpu.inertia, rel=1e-5)
+    again, distances = encode(rows.to("cuda"), found.codebook, backend=backend)
+    assert again.is_cuda and torch.allclose(distances.cpu(), gaps.min(1).values, rtol=1e-9)
+
+
+def test_the_estimator_takes_tensors_of_the_device(cuda):
+    rows = torch.randn(200, 3, generator=torch.Generator().manual_seed(0)).to("cuda")
+    fitted = KMeans(5).fit(rows)
+    assert fitted.predict(rows).is_cuda and torch.equal(fitted.predict(rows).cpu(), fitted.labels_.cpu())
+
+
+def execute(notebook, **parameters):  # in this process, where the device is
+    names = {}
+    for cell in nbformat.read(notebook, as_version=4).cells:
+        if cell.cell_type == "code":
+            exec(compile(cell.source, f"{notebook.name}: {cell.id}", "exec"), names)
+            names.update(parameters if cell.id == "parameters" else {})
+    return names
+
+
+SMALL = dict(device="cuda", data="digits", progress=False)
+FEW = dict(train_images=128, test_images=64, baseline_epochs=1, epochs=1)
+
+
+@pytest.mark.parametrize("given", [dict(epochs=2, kind="spectral", strength=1e-3, refresh_every=1, amp=True), dict(sparsity=0.3, amp=True), dict(sparsity=0.3, sparse_at="mean", K=16), dict(layout="scalar")], ids=str)
+def test_the_main_job_on_the_device(cuda, root, tmp_path, given):
+    done = execute(root / "nbs" / "retrain.ipynb", out=str(tmp_path), **SMALL, **{**FEW, "finetune_epochs": 1, **given})
+    assert list(done["stages"])[-1] == "finetuned" and next(done["shared"].parameters()).is_cuda and (done["folder"] / "model.dkm").exists()
+
+
+@pytest.mark.parametrize("method", ["tt", "tt-naive", "hashed", "freshnet", "lrd", "tucker", "separable", "dkm", "deep-compression", "soft"])
+def test_each_baseline_on_the_device(cuda, root, tmp_path, method):
+    settings = {"sigma": 0.05} if method == "soft" else {}
+    done = execute(root / "nbs" / "baseline.ipynb", out=str(tmp_path), method=method, settings=settings, amp=method in ("tt", "dkm", "soft"), **SMALL, **FEW)
+    assert "trained" in done["stages"] and next(done["made"].parameters()).is_cuda
+
+
+@pytest.mark.parametrize("method", ["deep-k-means", "control", "car"])
+def test_one_layer_on_the_device(cuda, root, tmp_path, method):
+    done = execute(root / "nbs" / "one_layer.ipynb", out=str(tmp_path), method=method, sizes=[16], epochs=1, baseline_epochs=1, car_share=0.1, car_batches=1, **SMALL)
+    assert len(list(tmp_path.glob("*/record.json"))) == 1 and done
