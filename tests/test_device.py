@@ -93,3 +93,15 @@ def test_each_baseline_on_the_device(cuda, root, tmp_path, method):
 def test_one_layer_on_the_device(cuda, root, tmp_path, method):
     done = execute(root / "nbs" / "one_layer.ipynb", out=str(tmp_path), method=method, sizes=[16], epochs=1, baseline_epochs=1, car_share=0.1, car_batches=1, **SMALL)
     assert len(list(tmp_path.glob("*/record.json"))) == 1 and done
+
+
+@pytest.mark.filterwarnings("ignore:backend='keops' does not work here")
+def test_the_benchmark_on_the_device(cuda, root, tmp_path):
+    for folder in ("nbs/paper", "figures"):
+        (tmp_path / folder).mkdir(parents=True)
+    done = execute(root / "nbs" / "benchmarks.ipynb", device="cuda", execute=True, only="LeNet-5 conv1", repeats=1, root=str(tmp_path))
+    table = done["table"].set_index("method")
+    ours = table.loc[["ours", "ours, torch", "ours, keops"]]
+    assert ours.seconds.notna().all() and (ours.inertia <= table.inertia.min() * 1.001).all() and "faiss" not in table.index
+    assert {p.name for p in (tmp_path / "figures").iterdir()} == {"benchmarks_cuda.csv", "benchmarks_cuda.png"}
+    assert (table.seconds.notna() | (table.left_out.str.len() > 0)).all(), "what was not timed must say why"
