@@ -22,7 +22,7 @@ lenet: .venv
 paper: .venv
 	$(BIN)/python -c "from deepkmeans.experiments import reproduce; reproduce('all', '$(or $(PROTOCOL),cpu)', $(or $(SEEDS),None))"
 
-# The k-means engine against its peers, some 15 minutes on an otherwise idle machine; make bench DEVICE=cuda: on a GPU
+# The k-means engine against its peers, half an hour on an otherwise idle machine; make bench DEVICE=cuda: on a GPU
 bench: .venv
 	@mkdir -p runs
 	$(BIN)/papermill nbs/benchmarks.ipynb runs/benchmarks.ipynb --log-output --no-progress-bar -p execute True $(PARAMETERS)
