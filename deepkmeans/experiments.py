@@ -488,9 +488,10 @@ def gallery(
 
 
 def _origin(root, path):  # the notebook that writes a file
-    paper = [book for book in (root / "nbs" / "paper").glob("*.ipynb") if path.name.startswith(book.stem)]
-    other = [book for book in sorted((root / "nbs").glob("*.ipynb")) if path.name in book.read_text()]
-    return max(paper, key=lambda book: len(book.stem), default=None) or next(iter(other), None)
+    books = sorted([*(root / "nbs").glob("*.ipynb"), *(root / "nbs" / "paper").glob("*.ipynb")])
+    named = [book for book in books if path.name.startswith(book.stem)]
+    other = [book for book in books if book.parent == root / "nbs" and path.name in book.read_text()]
+    return max(named, key=lambda book: len(book.stem), default=None) or next(iter(other), None)
 
 
 def _section(root, notebook, paths):

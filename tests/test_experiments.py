@@ -132,3 +132,9 @@ def test_the_gallery_is_the_generated_one(root, tmp_path):
         assert ex.gallery(root).read_text() == committed
     finally:
         (root / "figures" / "README.md").write_text(committed)
+
+
+def test_the_gallery_knows_where_the_benchmark_comes_from(root):
+    (section,) = [part for part in (root / "figures" / "README.md").read_text().split("\n## ") if part.startswith("The engine against its peers")]
+    for name in ("benchmarks_cpu.csv", "benchmarks_cpu.png", "benchmarks_memory_cpu.csv", "benchmarks_networks_cpu.csv"):
+        assert f"({name})" in section
