@@ -7,16 +7,30 @@ __all__ = ['tree_order', 'make_tree', 'nearest', 'make_search', 'group', 'reassi
            'exact']
 
 # %% ../nbs/01_kernels.ipynb #imports
+import warnings
 from concurrent.futures import ThreadPoolExecutor
-from math import ceil, log2, sqrt
+from math import ceil, frexp, log2, sqrt
 
 import numpy as np
 import torch
 from numba import njit
 
 # %% ../nbs/01_kernels.ipynb #flags
-_quick = njit(cache=True, nogil=True, boundscheck=False)
-_inline = njit(cache=True, nogil=True, boundscheck=False, fastmath={"contract", "nsz", "nnan", "reassoc"}, forceinline=True)
+def _compiled(**how):  # by numba, which keeps the result on disk where it finds a folder that it may write to
+    how = dict(nogil=True, boundscheck=False) | how
+
+    def compiled(function):
+        try:
+            return njit(cache=True, **how)(function)
+        except RuntimeError:  # there is none: neither beside the package nor in a home
+            warnings.warn("numba finds no folder for what it compiles, so that each process compiles anew; NUMBA_CACHE_DIR can name one")
+            return njit(**how)(function)
+    return compiled
+
+
+_quick = _compiled()
+_inline = _compiled(fastmath={"contract", "nsz", "nnan", "reassoc"}, forceinline=True)
+_strict = _compiled(error_model="numpy", forceinline=True)  # in the order that is written
 _INF, _ZERO = np.float32(np.inf), np.float32(0)
 _FAR = np.float32(1e18)  # coordinates of padding: never the nearest, and the square is finite
 _INF_BITS = np.int32(0x7F800000)  # those of float32 infinity
@@ -162,7 +176,8 @@ def nearest(
     leaves = len(packed)
     depth = int(np.log2(leaves) + 0.5)
     stack, far, squares = np.empty(depth + 2, np.int64), np.empty(depth + 2, np.float32), np.empty(_LEAF + 1, np.float32)
-    bits = squares.view(np.int32)
+    bits, d = squares.view(np.int32), x.shape[1]
+    wider, apart = np.float32(1 + max(1e-5, 1.3e-7 * (d + 8))), np.float32(1e-6 * sqrt(d))  # twice what rounding may do to a square
     for i in range(begin, end):
         best, second, limit, one, two = _INF_BITS, _INF_BITS, _INF, 0, 0
         top, stack[0], far[0] = 0, 0, _ZERO
@@ -182,7 +197,7 @@ def nearest(
                 if _compare(x, i, packed[s], _LEAF, squares, bits) < second:
                     best, second, one, two = _two_least(bits, (k * s) >> depth, best, second, one, two)
                     bits[_LEAF] = best
-                    limit = squares[_LEAF] * np.float32(1.00001) + np.float32(1e-6) * sqrt(squares[_LEAF]) + np.float32(1e-12)
+                    limit = squares[_LEAF] * wider + apart * sqrt(squares[_LEAF]) + np.float32(1e-12)
         out[i, 0], out[i, 1] = one, min(two, k - 1)
 
 # %% ../nbs/01_kernels.ipynb #pool
@@ -595,48 +610,148 @@ def plusplus(
     return order[_choose(x, weight, start, draws, low, high, depth)]
 
 # %% ../nbs/01_kernels.ipynb #exact-pass
-@_quick
-def _interval(prefix, i, j):  # c(i, j) from prefix sums of w, w·v and w·v²
-    w, s = prefix[0, j] - prefix[0, i], prefix[1, j] - prefix[1, i]
-    return max(0.0, prefix[2, j] - prefix[2, i] - s * s / w)
+_SOME = 16  # values in a block
 
 
 @_quick
-def _overtakes(prefix, best, old, new, lo, n):  # first j ≥ lo at which the cut `new` is better than `old`; n + 1: never
-    hi = n + 1
+def _outward(table, start, stop, step, out, every, column):
+    # of the values from `start` on: weight, mean − first value, Σ w(v − mean)², into three columns; the last of each `every` is kept
+    mass, mean, square = 0.0, 0.0, 0.0
+    for t in range(start, stop, step):
+        gap, share = (table[t, 0] - table[start, 0]) - mean, table[t, 1] / (mass + table[t, 1])
+        square += gap * gap * (mass * share)
+        mass += table[t, 1]
+        mean += gap * share
+        out[t // every, column], out[t // every, column + 1], out[t // every, column + 2] = mass, mean, square
+
+
+@_quick
+def _sketch(values, weight):
+    # (n, 8): value, weight, what lies from the start of the block to it, from it to the end; (levels, blocks, 3): what lies from the middle of 2, 4, 8 … blocks
+    n = len(values)
+    blocks = (n + _SOME - 1) // _SOME
+    table, middle = np.empty((n, 8)), np.zeros((frexp(blocks)[1], blocks, 3))
+    table[:, 0], table[:, 1] = values, weight
+    for lo in range(0, n, _SOME):
+        hi = min(lo + _SOME, n)
+        _outward(table, lo, hi, 1, table, 1, 2)
+        _outward(table, hi - 1, lo - 1, -1, table, 1, 5)
+    for level in range(len(middle)):
+        half = _SOME << level
+        for at in range(half, n, 2 * half):
+            _outward(table, at, min(at + half, n), 1, middle[level], _SOME, 0)
+            _outward(table, at - 1, at - half - 1, -1, middle[level], _SOME, 0)
+    return table, middle, _sums_before(values, weight)
+
+
+@_quick
+def _sums_before(values, weight):  # of w, w(v − v₀) and w|v − v₀|, (n + 1, 3), for v₀ = values[n // 2]
+    out, total, lost = np.zeros((len(values) + 1, 3)), np.zeros(3), np.zeros(3)
+    for t in range(len(values)):
+        moment = weight[t] * (values[t] - values[len(values) // 2])
+        terms = (weight[t], moment, abs(moment))
+        for j in range(3):
+            new = total[j] + (terms[j] - lost[j])
+            lost[j] = (new - total[j]) - (terms[j] - lost[j])  # what rounding loses is kept (Kahan, 1965)
+            total[j] = out[t + 1, j] = new
+    return out
+
+# %% ../nbs/01_kernels.ipynb #exact-interval
+@_strict
+def _joined(left, place, mass, mean, square):  # (mass, place, mean − place, spread) with what lies to the right of it
+    share = mass / (left[0] + mass)
+    gap = (place - left[1]) + (mean - left[2])
+    return left[0] + mass, left[1], left[2] + gap * share, left[3] + square + gap * gap * (left[0] * share)
+
+
+@_strict
+def _direct(table, i, j):
+    mass, first, place = 0.0, 0.0, table[i, 0]
+    for t in range(i, j):
+        mass += table[t, 1]
+        first += table[t, 1] * (table[t, 0] - place)
+    mean, square = first / mass, 0.0
+    for t in range(i, j):
+        square += table[t, 1] * ((table[t, 0] - place) - mean) ** 2
+    return mass, place, mean, square
+
+
+@_quick
+def _interval(table, middle, i, j):  # of the values from i to before j: mass, one of them, mean − that one, spread c(i, j)
+    p, q = i // _SOME, (j - 1) // _SOME
+    if p == q:
+        return _direct(table, i, j)
+    end, start = (p + 1) * _SOME, q * _SOME
+    left = (table[i, 5], table[end - 1, 0], table[i, 6], table[i, 7])
+    if q - p == 2:
+        left = _joined(left, table[end, 0], table[start - 1, 2], table[start - 1, 3], table[start - 1, 4])
+    elif q - p > 2:
+        level = frexp((p + 1) ^ (q - 1))[1] - 1
+        at, p, q = ((q - 1) >> level << level) * _SOME, p + 1, q - 1
+        left = _joined(left, table[at - 1, 0], middle[level, p, 0], middle[level, p, 1], middle[level, p, 2])
+        left = _joined(left, table[at, 0], middle[level, q, 0], middle[level, q, 1], middle[level, q, 2])
+    return _joined(left, table[start, 0], table[j - 1, 2], table[j - 1, 3], table[j - 1, 4])
+
+# %% ../nbs/01_kernels.ipynb #exact-cuts
+@_strict
+def _passes(table, middle, before, left, bar, new, j):  # does joining the values from `new` to j with those to the left of it cost more than `bar`?
+    w = before[j, 0] - before[new, 0]
+    if w > 0:
+        here, there = (left[1] - table[len(table) // 2, 0]) + left[2], (before[j, 1] - before[new, 1]) / w  # means
+        error = 2e-15 * ((before[j, 2] + abs(there) * before[j, 0]) / w + abs(here))
+        both, gap = left[0] * (w / (left[0] + w)), there - here
+        cost = both * gap * gap
+        if abs(cost - bar) > 2 * both * (abs(gap) + error) * error + 4e-15 * (cost * (1 + before[j, 0] / w) + abs(bar)):
+            return cost > bar
+    right = _interval(table, middle, new, j)
+    gap = (right[1] - left[1]) + (right[2] - left[2])
+    return left[0] * (right[0] / (left[0] + right[0])) * gap * gap > bar
+
+
+@_quick
+def _overtakes(table, middle, before, left, bar, new, lo):  # first j ≥ lo at which the cut `new` passes the bar; n + 1: never
+    n, hi, step = len(table), lo, 1
+    while hi <= n and not _passes(table, middle, before, left, bar, new, hi):
+        lo, hi, step = hi + 1, hi + step, 2 * step
+    hi = min(hi, n + 1)
     while lo < hi:
         j = (lo + hi) // 2
-        if best[new] + _interval(prefix, new, j) < best[old] + _interval(prefix, old, j):
+        if _passes(table, middle, before, left, bar, new, j):
             hi = j
         else:
             lo = j + 1
     return lo
 
-
+# %% ../nbs/01_kernels.ipynb #exact-price
 @_quick
-def _cuts(prefix, price):  # the cheapest cuts 0 = p₀ < p₁ < … = n at this price an interval
-    n = prefix.shape[1] - 1
-    best, back = np.zeros(n + 1), np.zeros(n + 1, np.int64)
+def _cuts(table, middle, before, price):  # the cheapest cuts 0 = p₀ < p₁ < … = n at this price an interval
+    n = len(table)
+    best, count, back = np.zeros(n + 1), np.zeros(n + 1, np.int64), np.zeros(n + 1, np.int64)  # cost without prices, which may dwarf it; intervals; last cut
     queue, since, head, tail = np.empty(n + 1, np.int64), np.empty(n + 1, np.int64), 0, 1
     queue[0], since[0] = 0, 1
     for j in range(1, n + 1):
         while head + 1 < tail and since[head + 1] <= j:
             head += 1
         i = queue[head]
-        best[j], back[j] = best[i] + _interval(prefix, i, j) + price, i
+        best[j], count[j], back[j] = best[i] + _interval(table, middle, i, j)[3], count[i] + 1, i
         at = j + 1
         while tail > head:
             old, lo = queue[tail - 1], max(since[tail - 1], j + 1)
-            if lo <= n and best[j] + _interval(prefix, j, lo) < best[old] + _interval(prefix, old, lo):
-                tail -= 1
-                at = lo
-                continue
-            at = _overtakes(prefix, best, old, j, lo, n)
-            break
+            left = _interval(table, middle, old, j)
+            bar = (best[j] - best[old]) - left[3] + price * (count[j] - count[old])
+            if lo > n or not _passes(table, middle, before, left, bar, j, lo):
+                at = _overtakes(table, middle, before, left, bar, j, lo)
+                break
+            tail, at = tail - 1, lo
         if at <= n:
             queue[tail], since[tail] = j, at
             tail += 1
-    cuts, j = [n], n
+    return _followed(back)
+
+
+@_quick
+def _followed(back):
+    cuts, j = [len(back) - 1], len(back) - 1
     while j > 0:
         j = back[j]
         cuts.append(j)
@@ -651,16 +766,16 @@ def _splice(coarse, fine, k):  # k intervals from two solutions that are optimal
     raise AssertionError("no place to splice")
 
 
-def _search_price(prefix, k):  # cuts with at most k intervals, cuts with at least k
-    n = prefix.shape[1] - 1
-    high, low = _interval(prefix, 0, n), 0.0
+def _search_price(sketch, k):  # cuts with at most k intervals, cuts with at least k
+    n = len(sketch[0])
+    high, low = _interval(*sketch[:2], 0, n)[3], 0.0
     coarse, fine, price = np.array([0, n]), np.arange(n + 1), 3 * high / k**3
     for step in range(200):
         if step > 20 or not low < price < high:
             price = _between(low, high, step)
         if k in (len(coarse) - 1, len(fine) - 1) or not low < price < high:
             break
-        cuts = _cuts(prefix, price)
+        cuts = _cuts(*sketch, price)
         if len(cuts) - 1 <= k:
             coarse, high = cuts, price
         if len(cuts) - 1 >= k:
@@ -670,7 +785,7 @@ def _search_price(prefix, k):  # cuts with at most k intervals, cuts with at lea
 
 
 def _between(low, high, step):  # halfway in powers of ten, as prices go over many of them
-    return high / 10**min(2**step, 300) if low == 0 else sqrt(low) * sqrt(high)
+    return max(high / 10**min(2**step, 300), 5e-324) if low == 0 else sqrt(low) * sqrt(high)
 
 
 def exact(
@@ -682,9 +797,7 @@ def exact(
     distinct, codes = np.unique(values, return_inverse=True)
     if k >= len(distinct):
         return codes
-    w = np.bincount(codes, weight)  # (number of distinct values,)
-    prefix = np.zeros((3, len(w) + 1))
-    prefix[:, 1:] = np.cumsum([w, w * distinct, w * distinct**2], 1)
-    coarse, fine = _search_price(prefix, k)
+    w = np.bincount(codes, weight).astype(np.float64)  # (number of distinct values,)
+    coarse, fine = _search_price(_sketch(distinct, w), k)
     cuts = coarse if len(coarse) == k + 1 else fine if len(fine) == k + 1 else _splice(coarse, fine, k)
     return (np.searchsorted(cuts, np.arange(len(w)), side="right") - 1)[codes]

@@ -6,10 +6,14 @@
 __all__ = ['WORKSPACE', 'CACHE', 'IN_MEMORY', 'BACKENDS', 'Clustering', 'decode', 'kmeans', 'encode', 'KMeans']
 
 # %% ../nbs/01_kmeans.ipynb #imports
+import hashlib
 import inspect
+import operator
 import os
+import stat
 import tempfile
 import warnings
+from contextlib import contextmanager
 from functools import lru_cache
 from importlib.util import find_spec
 from math import frexp, log
@@ -22,8 +26,8 @@ import torch
 # %% ../nbs/01_kmeans.ipynb #clustering
 class Clustering(NamedTuple):
     """A codebook and the code of each row: rows ≈ codebook[codes]."""
-    codebook: torch.Tensor # (k, d) float32; k is smaller than asked for where there are fewer distinct rows
-    codes: torch.Tensor # (n,) int64, the row of the codebook that stands for each row
+    codebook: torch.Tensor # (k, d) float64 where the rows are, else float32; k is smaller than asked for where there are fewer distinct rows
+    codes: torch.Tensor # (n,) int64, the row of the codebook that is nearest to each row
     inertia: float # Σ w‖row − codebook[code]‖², from this very codebook, summed in float64
     n_iter: int # iterations of Lloyd that were made
 
@@ -39,38 +43,20 @@ def decode(
 WORKSPACE = 2**27 # bytes; the largest temporary of a search
 CACHE = 2**22 # bytes; on a CPU a temporary should stay in its cache
 IN_MEMORY = 2**30 # bytes; rows that take more than this, with bounds and copies, are streamed
+_FAR = 1e18 # the searches see no coordinate beyond this: never the nearest, and its square is finite
 
 
-def _chunks(rows):  # ranges small enough for float64 copies of a few candidates for each row
-    size = max(1, (WORKSPACE if rows.is_cuda else CACHE) // (32 * rows.shape[1]))
+def _chunk(rows):  # so many rows that float64 copies of a few candidates for each are small
+    return max(1, (WORKSPACE if rows.is_cuda else CACHE) // (32 * rows.shape[1]))
+
+
+def _chunks(rows):
+    size = _chunk(rows)
     return ((a, min(a + size, len(rows))) for a in range(0, len(rows), size))
 
 
 def _total(values):  # over the last axis, in an order that does not depend on the number of threads
     return values.sum(-1) if values.is_cuda else torch.from_numpy(np.asarray(values.numpy().sum(-1)))
-
-
-class _Space(NamedTuple):
-    rows: torch.Tensor # (n, d), as they came in
-    weight: torch.Tensor | None # (n,) float64
-    shift: torch.Tensor # (d,) float64, the mean where it dwarfs the spread, else 0
-    scale: float # a power of two
-    spread: float # mean variance of a coordinate, in units of the search
-    group: object # the processes that hold parts of the rows; None: this one holds all
-
-    def unit(self, rows):  # centred and scaled, (m, d) float64
-        return (rows.double() - self.shift) * self.scale
-
-    def units(self):  # (n, d) float32
-        return torch.cat([self.unit(self.rows[a:b]).float() for a, b in _chunks(self.rows)])
-
-    def cost(self, codebook, codes):  # w‖row − codebook[code]‖², (n,) float64
-        squares = torch.cat([_gaps(self.rows[a:b], codebook, codes[a:b]) for a, b in _chunks(self.rows)])
-        return squares if self.weight is None else squares * self.weight
-
-
-def _gaps(rows, codebook, codes):  # squared distances, (m,) float64; coordinate by coordinate, as a sum over a short axis is slow
-    return sum((x.double() - c.index_select(0, codes)).square() for x, c in zip(rows.T, codebook.T))
 
 
 def _reduced(values, group, how="SUM"):  # over the processes of the group, in place
@@ -80,7 +66,40 @@ def _reduced(values, group, how="SUM"):  # over the processes of the group, in p
         distributed.all_reduce(values, getattr(distributed.ReduceOp, how), group)
     return values
 
+# %% ../nbs/01_kmeans.ipynb #space-class
+class _Space(NamedTuple):
+    rows: torch.Tensor # (n, d), as they came in
+    weight: torch.Tensor | None # (n,) float64, of a size near 1
+    scale: float # a power of two; rows times scale are of a size near 1 after the shift
+    shift: torch.Tensor # (d,) float64, the scaled mean where it dwarfs the spread, else 0
+    spread: float # mean variance of a scaled coordinate
+    heavy: float # a power of two, by which the weights were multiplied
+    group: object # the processes that hold parts of the rows; None: this one holds all
 
+    def scaled(self, rows):  # (m, d) float64
+        return rows.double() * self.scale
+
+    def unit(self, rows):  # scaled and centred, (m, d) float64
+        return self.scaled(rows) - self.shift
+
+    def units(self):  # (n, d) float32
+        return torch.cat([self.unit(self.rows[a:b]).float() for a, b in _chunks(self.rows)])
+
+    def seen(self, codebook):  # scaled centres as the searches see them, (k, d) float32
+        return (codebook - self.shift).clamp(-_FAR, _FAR).float().contiguous()
+
+    def cost(self, codebook, codes):  # w‖row − codebook[code]‖², (n,) float64, scaled
+        squares = torch.cat([_gaps(self.scaled(self.rows[a:b]), codebook, codes[a:b]) for a, b in _chunks(self.rows)])
+        return squares if self.weight is None else squares * self.weight
+
+    def plain(self, inertia):  # a scaled inertia as one of the rows that came in
+        return inertia / self.heavy / self.scale / self.scale
+
+
+def _gaps(rows, codebook, codes):  # squared distances, (m,) float64; coordinate by coordinate, as a sum over a short axis is slow
+    return sum((x - c.index_select(0, codes)).square() for x, c in zip(rows.T, codebook.T))
+
+# %% ../nbs/01_kmeans.ipynb #space-of
 def _mean(values, rows, weight, group):  # weighted mean of values(columns) over all rows, (d,) float64
     total = torch.zeros(rows.shape[1] + 1, dtype=torch.float64, device=rows.device)
     for a, b in _chunks(rows):
@@ -91,15 +110,32 @@ def _mean(values, rows, weight, group):  # weighted mean of values(columns) over
     return total[:-1] / total[-1]
 
 
-def _space(rows, weight=None, group=None):
-    mean = _mean(lambda x: x, rows, weight, group)  # (d,)
-    spread = _mean(lambda x: (x - mean[:, None]).square(), rows, weight, group)  # (d,)
+def _power(size):  # the power of two that brings a size to between 1/2 and 1; its inverse is a float too
+    return 2.0 ** -min(max(frexp(float(size))[1], -1022), 1022)
+
+
+def _space(rows, weight=None, group=None, codebook=None):  # codebook: centres that did not come from the rows
+    heavy = 1.0 if weight is None else _power(_reduced(weight.max(), group, "MAX"))
+    weight = None if weight is None else weight * heavy
+    low, high = torch.stack(rows.aminmax(dim=0)).double()
+    ends = _reduced(torch.stack([-low, high]), group, "MAX")  # (2, d)
+    near = lambda scale, shift: 0 if codebook is None else (codebook * scale - shift).abs().amax(1).min()  # how far the nearest centre is
+    scale = _power(max(ends.abs().max(), near(1.0, 0.0)))
+    mean = _mean(lambda x: x * scale, rows, weight, group)  # (d,)
+    spread = _mean(lambda x: (x * scale - mean[:, None]).square(), rows, weight, group)  # (d,)
     shift = torch.where(mean.abs() > 4 * spread.sqrt(), mean.float().double(), 0.0)  # (d,); few bits, so that x − shift is exact
-    largest = _reduced((torch.stack(rows.aminmax(dim=0)).double() - shift).abs().max(), group, "MAX")
-    scale = 2.0 ** -frexp(float(largest))[1]
-    return _Space(rows, weight, shift, scale, float((spread.sqrt() * scale).square().mean()), group)
+    fine = _power(max((ends * scale + torch.stack([shift, -shift])).max(), near(scale, shift)))
+    fine = min(fine * scale, 2.0**1022) / scale
+    return _Space(rows, weight, fine * scale, fine * shift, float((spread.sqrt() * fine).square().mean()), heavy, group)
 
 # %% ../nbs/01_kmeans.ipynb #search-torch
+@lru_cache(None)
+def _available(package):
+    return find_spec(package) is not None
+
+
+
+
 def _least(distances, top):
     return distances.argmin(1, keepdim=True) if top == 1 else distances.topk(top, largest=False).indices  # (size, top)
 
@@ -137,16 +173,23 @@ def _keops_search(queries, codebook, top):
     return gap.square().sum(-1).argKmin(top, dim=1)  # (m, top)
 
 
+def _own_folder(path):  # in a place where others may write too: what is compiled there is run
+    try:
+        path.mkdir(mode=0o700)
+    except FileExistsError:
+        found = path.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+            raise PermissionError(f"{path} is not a folder that is this user's and closed to all others; remove it") from None
+    return path
+
+
 @lru_cache(None)
 def _keops_works(d, top, device):
     # compile in a folder of this process group, one process at a time; whatever goes wrong is reported, not raised
     try:
         import fcntl
 
-        folder = Path(tempfile.gettempdir()) / f"deepkmeans-keops-{os.getuid()}-{os.getpgrp()}"
-        folder.mkdir(mode=0o700, exist_ok=True)
-        if folder.stat().st_uid != os.getuid():
-            raise PermissionError(f"{folder} belongs to another user")
+        folder = _own_folder(Path(tempfile.gettempdir()) / f"deepkmeans-keops-{os.getuid()}-{os.getpgrp()}")
         os.environ.setdefault("KEOPS_CACHE_FOLDER", str(folder))
         with open(folder / "lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -162,26 +205,93 @@ def _search_keops(codebook, top):
     return lambda queries: _keops_search(queries.contiguous(), codebook, top)  # (m, top)
 
 
-_SEARCH = {"torch": _search_torch, "faiss": _search_faiss, "keops": _search_keops, "tree": _search_tree, "exact": _search_tree}
+_SEARCH = {"torch": _search_torch, "faiss": _search_faiss, "keops": _search_keops, "tree": _search_tree}
+
+# %% ../nbs/01_kmeans.ipynb #search-sure
+def _search_line(codebook):  # scaled numbers, and centres (k, 1): the two between which each number lies
+    values, order = codebook[:, 0].sort(stable=True)
+    order = order[torch.searchsorted(values, values)]  # of equal centres the first
+
+    def search(numbers):
+        right = torch.searchsorted(values, numbers[:, 0].contiguous()).clamp(max=len(values) - 1)
+        return order[torch.stack([right - 1, right], 1)]  # (m, 2)
+    return search
+
+
+def _search_direct(codebook):  # scaled rows, and centres (k, d), all in float64
+    size = max(1, WORKSPACE // (32 * len(codebook)))
+    return lambda rows: torch.cat([_compared(r, codebook) for r in rows.split(size)])  # (m, 1)
+
+
+def _compared(rows, codebook):
+    reach = 0
+    for x, c in zip(rows.T, codebook.T):
+        reach = (x[:, None] - c).abs().clamp(min=reach)  # (m, k), the largest coordinate of each difference
+    unit = reach.amin(1, keepdim=True).clamp(min=torch.finfo(reach.dtype).tiny)  # (m, 1)
+    return sum(((x[:, None] - c) / unit).square() for x, c in zip(rows.T, codebook.T)).argmin(1, keepdim=True)
 
 # %% ../nbs/01_kmeans.ipynb #assign
-def _nearest(rows, codebook, candidates):  # the nearest of each row's candidates, by direct distance; the first one wins a tie
-    gap = rows.double()[:, None] - codebook[candidates]  # (m, c, d)
-    distances, best = gap.square().sum(-1).min(1)  # (m,)
-    return candidates.gather(1, best[:, None])[:, 0], distances
+def _error(name, squares, norms, d):  # of a squared distance, as a search in float32 sees it
+    u = 2.0 ** -24 if name != "torch" else {"high": 2.0**-11, "medium": 2.0**-8}.get(torch.get_float32_matmul_precision(), 2.0**-24)
+    distances = squares.sqrt()
+    reach = 2 * norms + distances  # at least ‖x‖ + ‖c‖
+    if name in ("tree", "keops"):
+        return u * (2 * distances * reach + (d + 4) * squares) + 1e-37
+    return u * (d + 5) * reach.square() + 1e-37  # what underflows to zero
 
 
-def _assign(space, codebook, search, codes=None, top=1):
-    # a row leaves the centre that it has only for one that is strictly nearer: codes stand first among the candidates
-    find = search(space.unit(codebook).float().contiguous(), min(top, len(codebook)))
-    distances = torch.empty(len(space.rows), dtype=torch.float64, device=codebook.device)
-    nearest = torch.empty_like(distances, dtype=torch.int64)
+def _ladder(name, codebook):  # the back ends that are asked one after the other
+    if codebook.shape[1] == 1:
+        return ["line"]
+    with_tree = name in ("torch", "faiss") and not codebook.is_cuda and _available("numba")
+    return [name, "tree", "direct"] if with_tree else [name, "direct"]
+
+
+def _finder(space, codebook, name, top):  # from rows (m, d), as they came in, to proposals (m, top)
+    sure = {"line": _search_line, "direct": _search_direct}
+    if name in sure:
+        search = sure[name](codebook)
+        return lambda rows: search(space.scaled(rows))
+    search = _SEARCH[name](space.seen(codebook), min(top, len(codebook)))
+    return lambda rows: search(space.unit(rows).float())
+
+# %% ../nbs/01_kmeans.ipynb #assign-best
+def _best(space, codebook, rows, proposals, codes=None):
+    # the nearest of the proposals, the first of equal ones; a row leaves the centre that it has only for one that is strictly nearer
+    candidates = proposals.sort(1).values if codes is None else torch.cat([codes[:, None], proposals.sort(1).values], 1)
+    squares = (space.scaled(rows)[:, None] - codebook[candidates]).square().sum(-1)  # (m, c)
+    least, best = squares.min(1)  # (m,)
+    return candidates.gather(1, best[:, None])[:, 0], least, squares[:, -proposals.shape[1]:].amax(1)
+
+
+def _assign(space, codebook, name, codes):  # codes (n,) that are at least as near as those given
+    find, nearest = _finder(space, codebook, name, 1), torch.empty_like(codes)
     for a, b in _chunks(space.rows):
-        candidates = find(space.unit(space.rows[a:b]).float()).sort(1).values  # (m, 1 or 2)
-        if codes is not None:
-            candidates = torch.cat([codes[a:b, None], candidates], 1)
-        nearest[a:b], distances[a:b] = _nearest(space.rows[a:b], codebook, candidates)
-    return nearest, distances
+        rows = space.rows[a:b]
+        nearest[a:b], _, _ = _best(space, codebook, rows, find(rows), codes[a:b])
+    return nearest
+
+# %% ../nbs/01_kmeans.ipynb #assign-nearest
+def _nearest(space, codebook, backend, codes=None):
+    # codes (n,) of the nearest centres, their scaled squared distances (n,), and the first back end of the ladder that was sure of most rows
+    n, (k, d) = len(space.rows), codebook.shape
+    nearest = torch.empty(n, dtype=torch.int64, device=codebook.device)
+    squares, todo, good = torch.empty_like(nearest, dtype=torch.float64), torch.arange(n, device=codebook.device), None
+    for name in _ladder(backend, codebook):
+        if name == "tree" and name != backend and len(todo) * k < 2**24:
+            continue
+        find, unsure = _finder(space, codebook, name, 2), []
+        for part in todo.split(_chunk(space.rows)):
+            rows = space.rows[part]
+            nearest[part], squares[part], farthest = _best(space, codebook, rows, find(rows), None if codes is None else codes[part])
+            if name in _SEARCH and k > 2:
+                error = _error(name, farthest, space.unit(rows).square().sum(1).sqrt(), d)  # (m,)
+                unsure.append(part[~(farthest - squares[part] > 2 * error)])
+        todo = torch.cat(unsure) if unsure else todo[:0]
+        good = name if good is None and 4 * len(todo) <= n else good
+        if not len(todo):
+            break
+    return nearest, squares, good
 
 # %% ../nbs/01_kmeans.ipynb #update
 def _sums(values, codes, k):  # sum of the values (m,) of each cluster, (k,) float64
@@ -190,15 +300,17 @@ def _sums(values, codes, k):  # sum of the values (m,) of each cluster, (k,) flo
     return torch.from_numpy(np.bincount(codes.numpy(), values.numpy(), k))
 
 
-def _means(space, codes, k):  # (k, d), NaN for an empty cluster, and the weight of each cluster (k,)
+def _means(space, codes, k, around=None):
+    # (k, d) scaled, NaN for an empty cluster, and the weight of each cluster (k,); `around`: what the rows are subtracted from, near the means
     total = torch.zeros(space.rows.shape[1] + 1, k, dtype=torch.float64, device=codes.device)
     for a, b in _chunks(space.rows):
         w = torch.ones(b - a, dtype=torch.float64, device=codes.device) if space.weight is None else space.weight[a:b]  # (m,)
-        total += torch.stack([_sums(x, codes[a:b], k) for x in (*(space.rows[a:b].T.double() * w), w)])  # (d + 1, k)
+        values = space.scaled(space.rows[a:b]) - (space.shift if around is None else around[codes[a:b]])  # (m, d)
+        total += torch.stack([_sums(x, codes[a:b], k) for x in (*(values.T * w), w)])  # (d + 1, k)
     _reduced(total, space.group)
-    return (total[:-1] / total[-1]).T.contiguous(), total[-1]
+    return (total[:-1] / total[-1]).T + (space.shift if around is None else around), total[-1]
 
-
+# %% ../nbs/01_kmeans.ipynb #update-worst
 def _worst(space, codebook, codes, k):  # of each cluster: the largest cost (k,), the first row that has it (k, d), are there other rows? (k,)
     cost, rows, n = space.cost(codebook, codes), space.rows, len(codes)  # (n,), (n, d)
     most = _reduced(cost.new_full((k,), -1).scatter_reduce_(0, codes, cost, "amax"), space.group, "MAX")
@@ -219,6 +331,12 @@ def _first_process(has, group):  # (k,) bool: is this the first process that has
     return _reduced(torch.where(has, rank, size), group, "MIN") == rank
 
 
+def _donors(space, codebook, codes, count):  # at most `count` clusters that can give away a row, the worst-fitted first, and that row of each (k, d)
+    most, row, mixed = _worst(space, codebook, codes, len(codebook))
+    able = mixed & (most > 0)
+    return most.where(able, -1).argsort(descending=True, stable=True)[:min(count, int(able.sum()))], row
+
+# %% ../nbs/01_kmeans.ipynb #update-fill
 def _move(space, codes, donors, row, empty):  # the worst row of each donor, and the rows equal to it, to an empty cluster
     target = codes.new_full((len(row),), -1)
     target[donors] = empty
@@ -227,57 +345,86 @@ def _move(space, codes, donors, row, empty):  # the worst row of each donor, and
         codes[a:b] = torch.where(moves, target[codes[a:b]], codes[a:b])
 
 
+def _kept(codebook, codes, taken):  # without the centres that are not taken
+    return codebook[taken], (taken.cumsum(0) - 1)[codes]
+
+
 def _update(space, codes, k):
-    # means of the k clusters; empty ones are filled, or dropped where every row fits; also says whether any was filled
+    # scaled means of the k clusters; empty ones are filled, or dropped where every row fits; also says whether any was filled
     means, mass = _means(space, codes, k)
     refilled = False
     while len(empty := (mass == 0).nonzero()[:, 0]):
-        cost, row, mixed = _worst(space, means, codes, k)
-        donors = cost.where(mixed, -1).argsort(descending=True, stable=True)[:min(len(empty), int(mixed.sum()))]
+        donors, row = _donors(space, means, codes, len(empty))
         if not len(donors):
-            kept = mass > 0
-            return means[kept], (kept.cumsum(0) - 1)[codes], refilled
+            return *_kept(means, codes, mass > 0), refilled
         codes, refilled = codes.clone(), True
         _move(space, codes, donors, row, empty[:len(donors)])
         means, mass = _means(space, codes, k)
     return means, codes, refilled
 
 # %% ../nbs/01_kmeans.ipynb #lloyd
-def _lloyd(space, k, start, max_iter, tol, search):
-    codebook = start  # (k, d) float64
-    codes, _ = _assign(space, codebook, search)  # (n,)
+def _lloyd(space, k, start, max_iter, tol, backend):
+    codebook = start  # (k, d) float64, scaled
+    codes, _, search = _nearest(space, codebook, backend)  # (n,)
     for n_iter in range(1, max_iter + 1):
         means, codes, refilled = _update(space, codes, k)
         same = len(means) == len(codebook) and not refilled
-        moved = float((means - codebook).mul(space.scale).square().sum()) if same else float("inf")
+        moved = float((means - codebook).square().sum()) if same else float("inf")
         codebook, k = means, len(means)
         if moved <= tol * space.spread or n_iter == max_iter:
             break
-        codes, _ = _assign(space, codebook, search, codes)
+        codes = _assign(space, codebook, search, codes)
     return codebook, codes, n_iter
 
 # %% ../nbs/01_kmeans.ipynb #lloyd-tree
-def _lloyd_tree(space, k, start, max_iter, tol, search):
+def _lloyd_tree(space, k, start, max_iter, tol, backend):
     from deepkmeans.kernels import lloyd
 
-    x = space.units().numpy()  # (n, d)
+    x = space.units()  # (n, d)
+    if not _exactly(space, x) and _nearest(space, start, backend)[2] != backend:
+        return _lloyd(space, k, start, max_iter, tol, "direct")
     weight = None if space.weight is None else space.weight.numpy()
     codebook, n_iter, done = start, 0, False
     while not done:
-        codes, updates, done = lloyd(x, weight, space.unit(codebook).numpy(), max_iter - n_iter, tol * space.spread)
+        codes, updates, done = lloyd(x.numpy(), weight, space.seen(codebook).double().numpy(), max_iter - n_iter, tol * space.spread)
         codebook, codes, _ = _update(space, torch.from_numpy(codes), len(codebook) if n_iter else k)
         n_iter += updates + (not done)
         done = done or n_iter == max_iter
     return codebook, codes, n_iter
+
+
+def _exactly(space, x):  # are these the centred rows, without rounding?
+    return space.rows.dtype != torch.float64 or all(torch.equal(space.unit(space.rows[a:b]), x[a:b].double()) for a, b in _chunks(x))
 
 # %% ../nbs/01_kmeans.ipynb #lloyd-exact
 def _exact(space, k):
     from deepkmeans.kernels import exact
 
     weight = None if space.weight is None else space.weight.cpu().numpy()
-    codes = exact(space.unit(space.rows)[:, 0].cpu().numpy(), weight, k)  # (n,)
+    codes = exact(space.scaled(space.rows)[:, 0].cpu().numpy(), weight, k)  # (n,)
     codebook, codes, _ = _update(space, torch.from_numpy(codes).to(space.rows.device), k)
     return codebook, codes, 1
+
+# %% ../nbs/01_kmeans.ipynb #settle
+def _settled(space, codebook, codes, backend):  # of centres (k, d) as they are given back: those centres, and codes (n,) of the nearest
+    while True:
+        codes, _, _ = _nearest(space, space.scaled(codebook), backend, codes)
+        taken = _reduced(torch.bincount(codes, minlength=len(codebook)), space.group) > 0
+        empty = (~taken).nonzero()[:, 0]
+        if not len(empty):
+            return codebook, codes
+        donors, row = _donors(space, space.scaled(codebook), codes, len(empty))
+        if not len(donors):
+            return _kept(codebook, codes, taken)
+        codebook = codebook.index_copy(0, empty[:len(donors)], row[donors].to(codebook.dtype))
+
+
+def _returned(space, codebook, codes):  # scaled means as the rows' floating-point type holds them
+    if space.rows.dtype == torch.float64:
+        codebook, _ = _means(space, codes, len(codebook), codebook)  # once more, about themselves: to the last bit
+    dtype = torch.float64 if space.rows.dtype == torch.float64 else torch.float32
+    most = torch.finfo(dtype).max
+    return (codebook / space.scale).clamp(-most, most).to(dtype)
 
 # %% ../nbs/01_kmeans.ipynb #seeding
 def _uniform(generator, *shape):
@@ -327,7 +474,7 @@ def _seed_sample(space, k, generator):
 def _seed_plusplus(space, k, generator):
     if _too_large(*space.rows.shape) and not _too_large(k, space.rows.shape[1]):
         return _seed_sample(space, k, generator)
-    x, n = space.units(), len(space.rows)  # (n, d)
+    n, x = len(space.rows), space.units()  # (n, d)
     first, draws = _uniform(generator, 1), _uniform(generator, k - 1, 2 + int(log(k)))
     if n * k >= 2**20 and _available("numba"):
         from deepkmeans.kernels import plusplus
@@ -336,19 +483,37 @@ def _seed_plusplus(space, k, generator):
         chosen = plusplus(x.cpu().numpy(), weight, float(first), draws.numpy())
     else:
         weight = x.new_ones(n, dtype=torch.float64) if space.weight is None else space.weight
-        chosen = _greedy_plusplus(x, weight, first, draws)
+        chosen = _greedy_plusplus(x if _exactly(space, x) else space.unit(space.rows), weight, first, draws)
     return torch.as_tensor(chosen, device=x.device)
 
 # %% ../nbs/01_kmeans.ipynb #check
 BACKENDS = ("auto", "torch", "faiss", "keops", "tree", "exact")
 
 
+class _View:  # of an array that may be read-only, which PyTorch warns of; nothing here writes to it
+    def __init__(self, array):
+        self.array = array
+        self.__array_interface__ = array.__array_interface__ | {"data": (array.__array_interface__["data"][0], False)}
+
+
+def _tensor(values, name):  # of tensors, data frames, lists, and arrays of any order of rows and bytes; copied only where it must be
+    if isinstance(values, torch.Tensor):
+        return values.detach()
+    try:
+        array = np.asarray(values)
+        array = np.ascontiguousarray(array, array.dtype.newbyteorder("="))
+        return torch.from_numpy(np.asarray(_View(array)))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} of type {type(values).__name__} must be numbers that PyTorch knows: {error}") from None
+
+
 def _checked_rows(rows, name="rows"):
-    rows = torch.as_tensor(rows).detach()
+    rows = _tensor(rows, name)
     if rows.ndim != 2 or 0 in rows.shape:
         raise ValueError(f"{name} has shape {tuple(rows.shape)}, must be (n, d) with n ≥ 1 and d ≥ 1")
-    if not rows.is_floating_point():
-        raise ValueError(f"{name} has dtype {rows.dtype}, must be a floating-point type")
+    if rows.is_complex():
+        raise ValueError(f"{name} has dtype {rows.dtype}, must be real numbers")
+    rows = rows if rows.is_floating_point() else rows.double()
     if not torch.isfinite(torch.stack(rows.aminmax())).all():
         raise ValueError(f"{name} holds NaN or infinite values")
     return rows
@@ -357,7 +522,7 @@ def _checked_rows(rows, name="rows"):
 def _checked_weight(weight, rows):
     if weight is None:
         return None
-    weight = torch.as_tensor(weight).detach().to(rows.device, torch.float64)
+    weight = _tensor(weight, "sample_weight").to(rows.device, torch.float64)
     if weight.shape != rows.shape[:1]:
         raise ValueError(f"sample_weight has shape {tuple(weight.shape)}, must be ({len(rows)},), one weight a row")
     if not (torch.isfinite(weight) & (weight > 0)).all():
@@ -365,15 +530,15 @@ def _checked_weight(weight, rows):
     return weight
 
 
-def _checked_init(init, rows, k):
+def _checked_init(init, d, k, device):
     if isinstance(init, str):
         if init not in ("k-means++", "random"):
             raise ValueError(f"init={init!r} must be 'k-means++', 'random' or a codebook")
         return init
     init = _checked_rows(init, "init")
-    if init.shape != (k, rows.shape[1]):
-        raise ValueError(f"init has shape {tuple(init.shape)}, must be (k, d) = ({k}, {rows.shape[1]})")
-    return init.to(rows.device, torch.float64)
+    if init.shape != (k, d):
+        raise ValueError(f"init has shape {tuple(init.shape)}, must be (k, d) = ({k}, {d})")
+    return init.to(device, torch.float64)
 
 # %% ../nbs/01_kmeans.ipynb #backend
 def _check_numbers(n, k, pinned_zero, max_iter, tol, n_init):
@@ -387,13 +552,15 @@ def _check_numbers(n, k, pinned_zero, max_iter, tol, n_init):
         if not value >= least:
             raise ValueError(f"{name}={value} must be at least {least}")
 
+
+def _whole(value, name):  # an int, of whatever library
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name}={value!r} must be a whole number") from None
+
 # %% ../nbs/01_kmeans.ipynb #auto
 _NEEDS = {"faiss": "faiss", "tree": "numba", "exact": "numba"}
-
-
-@lru_cache(None)
-def _available(package):
-    return find_spec(package) is not None
 
 
 def _wanted(rows, k, warm, whole):  # what `auto` would like, best first
@@ -434,7 +601,12 @@ def _backend(name, rows, k, warm, whole=True):
 
 
 def _generator(seed):
-    return seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
+    if isinstance(seed, torch.Generator):
+        return seed
+    seed = _whole(seed, "seed")
+    if not -2**63 <= seed < 2**64:
+        raise ValueError(f"seed={seed} must be between -2**63 and 2**64 - 1")
+    return torch.Generator().manual_seed(seed)
 
 # %% ../nbs/01_kmeans.ipynb #fit
 def _fit(space, k, init, max_iter, tol, backend, generator):
@@ -442,12 +614,12 @@ def _fit(space, k, init, max_iter, tol, backend, generator):
         codebook, codes, n_iter = _exact(space, k)
     else:
         seeds = {"k-means++": _seed_plusplus, "random": _seed_random}
-        start = space.rows[seeds[init](space, k, generator)].double() if isinstance(init, str) else init  # (k, d)
+        start = space.rows[seeds[init](space, k, generator)] if isinstance(init, str) else init  # (k, d)
         lloyd = _lloyd_tree if backend == "tree" else _lloyd
-        codebook, codes, n_iter = lloyd(space, k, _distinct(start), max_iter, tol, _SEARCH[backend])
-    codebook = codebook.float()  # (k, d)
-    inertia = _reduced(_total(space.cost(codebook.double(), codes)), space.group)
-    return Clustering(codebook, codes, float(inertia), n_iter)
+        codebook, codes, n_iter = lloyd(space, k, _distinct(space.scaled(start)), max_iter, tol, backend)
+    codebook, codes = _settled(space, _returned(space, codebook, codes), codes, backend)
+    cost = _reduced(_total(space.cost(space.scaled(codebook), codes)), space.group)
+    return Clustering(codebook, codes, float(cost), n_iter)  # with scaled inertia: that of the rows may vanish or overflow
 
 
 def _distinct(start):  # without the repeated centres, which would share out their rows at random
@@ -455,9 +627,39 @@ def _distinct(start):  # without the repeated centres, which would share out the
     first = where.new_full((len(values),), len(start)).scatter_reduce_(0, where, torch.arange(len(start), device=start.device), "amin")
     return start[first.sort().values]
 
-# %% ../nbs/01_kmeans.ipynb #kmeans
+# %% ../nbs/01_kmeans.ipynb #together
+@contextmanager
+def _together(group, rows):  # an error in one process of the group becomes one in all
+    problem = None
+    try:
+        yield
+    except Exception as error:
+        problem = error
+    device = rows.device if isinstance(rows, torch.Tensor) else None
+    failed = 0 if group is None else _reduced(torch.tensor(int(problem is not None), device=device), group, "MAX")
+    if problem:
+        raise problem
+    if failed:
+        raise ValueError("another process of the group refused its arguments; its error says why")
+
+
+def _fingerprint(value):  # a number of 48 bits
+    data = value.cpu().numpy().tobytes() if isinstance(value, torch.Tensor) else repr(value).encode()
+    return int.from_bytes(hashlib.sha256(data).digest()[:6], "big")
+
+
+def _check_same(group, device, **arguments):
+    if group is None:
+        return
+    prints = torch.tensor([_fingerprint(value) for value in arguments.values()], device=device)
+    most, least = _reduced(torch.stack([prints, -prints]), group, "MAX").tolist()
+    differs = [name for name, a, b in zip(arguments, most, least) if a != -b]
+    if differs:
+        raise ValueError(f"the processes of the group were given different {', '.join(differs)}, must be the same in all")
+
+# %% ../nbs/01_kmeans.ipynb #zero
 def _pinned(rows, pinned_zero):  # (n,) bool: the rows of smallest norm
-    norms = rows.double().square().sum(1)  # (n,)
+    norms = (rows.double() * _power(rows.abs().max())).square().sum(1)  # (n,), scaled
     mask = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
     mask[norms.argsort(stable=True)[:round(pinned_zero * len(rows))]] = True
     return mask
@@ -471,41 +673,44 @@ def _with_zero(rest, rows, weight, pinned):  # the zero centre in front of the c
     codebook = torch.cat([rest.codebook.new_zeros(1, rows.shape[1]), rest.codebook])  # (k, d)
     return Clustering(codebook, codes, rest.inertia + float(_total(cost)), rest.n_iter)
 
-
+# %% ../nbs/01_kmeans.ipynb #kmeans
 def kmeans(
-    rows, # (n, d) rows to cluster: a tensor on any device, or an array
-    k, # number of clusters, 1 ≤ k ≤ n
+    rows, # (n, d) real numbers to cluster: a tensor on any device, an array, a data frame
+    k: int, # number of clusters, 1 ≤ k ≤ n
     *,
     init="k-means++", # "k-means++", "random", or a (k, d) codebook to start from
-    pinned_zero=0.0, # share of the rows, those of smallest norm, whose centre is fixed at 0 and counts as one of the k
+    pinned_zero: float = 0.0, # share of the rows, those of smallest norm, whose centre is fixed at 0 and counts as one of the k
     sample_weight=None, # (n,) weights greater than 0; None: all 1
-    max_iter=100, # at most so many iterations of Lloyd
-    tol=1e-4, # end when the centres' squared moves sum to tol times the rows' variance
-    n_init=1, # seedings to try; the clustering of least inertia is kept
-    backend="auto", # one of BACKENDS; "exact" (d = 1) finds the optimum and needs no start
+    max_iter: int = 100, # at most so many iterations of Lloyd
+    tol: float = 1e-4, # end when the centres' squared moves sum to tol times the rows' variance
+    n_init: int = 1, # seedings to try; the clustering of least inertia is kept
+    backend: str = "auto", # one of BACKENDS; "exact" (d = 1) finds the optimum and needs no start
     seed=0, # an int, or a torch.Generator to draw from
     group=None, # a torch.distributed process group, each process of which holds a part of the rows; needs a codebook as `init`
 ) -> Clustering: # with a group: the common codebook and inertia, and the codes of this process's rows
     """The k-means clustering of the rows: codebook, codes, inertia, n_iter (paper, equation 1; Lloyd, 1982).
 
-    Where k exceeds the number of distinct rows it shrinks to it; no cluster is ever empty. With `pinned_zero` = p > 0 the round(p·n)
-    rows of smallest norm have code 0 and codebook row 0 is zero (paper, section 3.3); row 0 of a given `init` is then ignored. Computed in float32
-    at least, summed in float64. Rows may be a memory-mapped tensor: from IN_MEMORY on they are read in chunks, and beside them and a workspace of 1 GiB only 48 bytes a row are
-    held. The same seed gives the same bytes on a CPU, whatever the number of threads.
-    Raises `ValueError` for anything out of bounds, NaN or infinite, and `ImportError` for a back end whose library is missing.
+    Every code is that of the centre nearest to the row, and no centre is without rows: k shrinks where it exceeds the number of distinct rows. With `pinned_zero` = p > 0 the
+    round(p·n) rows of smallest norm have code 0 and codebook row 0 is zero (paper, section 3.3), each other row has the nearest of the other centres; row 0 of a given `init` is then ignored.
+    float64 and whole numbers are clustered as float64, with a codebook of float64; everything else in float32 at least, summed in float64. Rows may be a memory-mapped tensor: from
+    IN_MEMORY on they are read in chunks, and beside them and a workspace of 1 GiB only 56 bytes a row are held. The same seed gives the same bytes on a CPU, whatever the number of threads.
+    Raises `ValueError` for anything out of bounds, NaN or infinite, in all processes of a group if in one, and `ImportError` for a back end whose library is missing.
     """
-    rows = _checked_rows(rows)
-    n = int(_reduced(torch.tensor(len(rows), device=rows.device), group))
-    _check_numbers(n, k, pinned_zero, max_iter, tol, n_init)
-    weight, init = _checked_weight(sample_weight, rows), _checked_init(init, rows, k)
-    if group is not None and (isinstance(init, str) or pinned_zero):
-        raise ValueError(f"a group needs a codebook as init and pinned_zero=0, not init={init!r} and pinned_zero={pinned_zero}")
-    backend, generator = _backend(backend, rows, k, not isinstance(init, str), group is None), _generator(seed)
+    with _together(group, rows):
+        rows, k, max_iter, n_init = _checked_rows(rows), _whole(k, "k"), _whole(max_iter, "max_iter"), _whole(n_init, "n_init")
+        weight, init, generator = _checked_weight(sample_weight, rows), _checked_init(init, rows.shape[1], k, rows.device), _generator(seed)
+        if group is not None and (isinstance(init, str) or pinned_zero):
+            raise ValueError(f"a group needs a codebook as init and pinned_zero=0, not init={init!r} and pinned_zero={pinned_zero}")
+        backend = _backend(backend, rows, k, not isinstance(init, str), group is None)
+    double = rows.dtype == torch.float64
+    _check_same(group, rows.device, init=init, k=k, max_iter=max_iter, tol=float(tol), n_init=n_init, sample_weight=weight is None, dtype=double)
+    _check_numbers(int(_reduced(torch.tensor(len(rows), device=rows.device), group)), k, pinned_zero, max_iter, tol, n_init)
 
     def best(x, w, k, init):
-        space = _space(x, w, group)
+        space = _space(x, w, group, None if isinstance(init, str) else init)
         tries = n_init if isinstance(init, str) and backend != "exact" else 1
-        return min((_fit(space, k, init, max_iter, tol, backend, generator) for _ in range(tries)), key=lambda c: c.inertia)
+        found = min((_fit(space, k, init, max_iter, tol, backend, generator) for _ in range(tries)), key=lambda c: c.inertia)
+        return found._replace(inertia=space.plain(found.inertia))
 
     if not round(pinned_zero * len(rows)):
         return best(rows, weight, k, init)
@@ -515,15 +720,15 @@ def kmeans(
         rest = best(rows[~pinned], None if weight is None else weight[~pinned], min(k - 1, others),
                     init if isinstance(init, str) else init[1:][:others])
     else:
-        rest = Clustering(rows[:0].float(), torch.zeros(0, dtype=torch.int64, device=rows.device), 0.0, 0)
+        rest = Clustering(rows[:0] if double else rows[:0].float(), torch.zeros(0, dtype=torch.int64, device=rows.device), 0.0, 0)
     return _with_zero(rest, rows, weight, pinned)
 
-
+# %% ../nbs/01_kmeans.ipynb #encode
 def encode(
     rows, # (n, d)
     codebook, # (k, d)
-    backend="auto", # one of BACKENDS
-) -> tuple: # codes (n,) int64, squared distances (n,) float64
+    backend: str = "auto", # one of BACKENDS
+) -> tuple[torch.Tensor, torch.Tensor]: # codes (n,) int64, squared distances (n,) float64
     """The nearest codebook entry of each row and its squared distance, the same from every back end but for true ties.
 
     Raises `ValueError` where the shapes do not fit or a value is not finite.
@@ -531,8 +736,10 @@ def encode(
     rows, codebook = _checked_rows(rows), _checked_rows(codebook, "codebook")
     if rows.shape[1] != codebook.shape[1]:
         raise ValueError(f"codebook has rows of length {codebook.shape[1]}, must be d = {rows.shape[1]}")
-    name = _backend(backend, rows, len(codebook), True)
-    return _assign(_space(rows), codebook.to(rows.device, torch.float64), _SEARCH[name], top=2)
+    name, codebook = _backend(backend, rows, len(codebook), True), codebook.to(rows.device, torch.float64)
+    space = _space(rows, codebook=codebook)
+    codes, squares, _ = _nearest(space, space.scaled(codebook), name)
+    return codes, squares / space.scale / space.scale
 
 # %% ../nbs/01_kmeans.ipynb #sklearn-manners
 class _Parameters:  # what scikit-learn's BaseEstimator gives, without importing it
@@ -552,9 +759,10 @@ class _Parameters:  # what scikit-learn's BaseEstimator gives, without importing
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.get_params().items())})"
 
     def __sklearn_tags__(self):
-        from sklearn.utils import InputTags, Tags, TargetTags
+        from sklearn.utils import InputTags, Tags, TargetTags, TransformerTags
 
-        return Tags(estimator_type="clusterer", target_tags=TargetTags(required=False), input_tags=InputTags())
+        return Tags(estimator_type="clusterer", target_tags=TargetTags(required=False), input_tags=InputTags(),
+                    transformer_tags=TransformerTags(preserves_dtype=["float64", "float32"]))
 
 # %% ../nbs/01_kmeans.ipynb #sklearn-input
 def _fitted_rows(estimator, X, reset):  # a tensor of rows; checks the number of features as scikit-learn does
@@ -578,14 +786,21 @@ def _fitted_weight(weight, rows):  # (n,) float64, zeros allowed
     return weight.to(rows.device)
 
 
-def _sorted_rows(rows, weight):  # numbers of the rows that count, in lexicographic order
-    order = torch.from_numpy(np.lexsort(rows.cpu().numpy().T[::-1])).to(rows.device)
-    return order[weight[order] > 0]
+def _counted(rows, weight, least):
+    # numbers of the rows that count, in lexicographic order, and their weights; equal rows are one, unless fewer than `least` would be left
+    order = torch.from_numpy(np.lexsort(rows.double().cpu().numpy().T[::-1])).to(rows.device)
+    order = order[weight[order] > 0]
+    new = torch.ones_like(order, dtype=torch.bool)
+    new[1:] = (rows[order[1:]] != rows[order[:-1]]).any(1)
+    if new.sum() < least:
+        return order, weight[order]
+    return order[new], _sums(weight[order], new.cumsum(0) - 1, int(new.sum()))
 
 # %% ../nbs/01_kmeans.ipynb #sklearn
 class KMeans(_Parameters):
     """k-means as a scikit-learn estimator; the parameters are those of `kmeans`."""
     _estimator_type = "clusterer"
+    _sklearn_auto_wrap_output_keys = {"transform"} # what scikit-learn asks before it makes data frames of the output
 
     def __init__(
         self,
@@ -611,31 +826,59 @@ class KMeans(_Parameters):
         """The estimator itself, with cluster_centers_, labels_, inertia_, n_iter_ and n_features_in_ set."""
         rows = _fitted_rows(self, X, reset=True)
         weight = _fitted_weight(sample_weight, rows)
-        used = _sorted_rows(rows, weight)  # (number of rows that count,)
-        if len(used) < self.n_clusters:
-            raise ValueError(f"n_samples={len(used)} should be >= n_clusters={self.n_clusters}")
+        if (weight > 0).sum() < self.n_clusters:
+            raise ValueError(f"n_samples={int((weight > 0).sum())} should be >= n_clusters={self.n_clusters}")
+        used, mass = _counted(rows, weight, len(rows) + 1 if self.pinned_zero else self.n_clusters)  # (number of rows that count,)
         options = {name: value for name, value in self.get_params().items() if name != "n_clusters"}
-        found = kmeans(rows[used], self.n_clusters, sample_weight=None if sample_weight is None else weight[used], **options)
-        labels, _ = encode(rows, found.codebook)  # (n,)
+        found = kmeans(rows[used], self.n_clusters, sample_weight=None if (mass == 1).all() else mass, **options)
+        labels, squares = encode(rows, found.codebook)  # (n,)
         if self.pinned_zero:
             labels[used] = found.codes
+            squares[used] = _gaps(rows[used].double(), found.codebook.double(), found.codes)
         as_given = (lambda t: t) if isinstance(X, torch.Tensor) else torch.Tensor.numpy
         self.cluster_centers_, self.labels_ = as_given(found.codebook), as_given(labels)
-        self.n_iter_, self.inertia_ = found.n_iter, float(_total(_space(rows, weight).cost(found.codebook.double(), labels)))
+        self.n_iter_, self.inertia_ = found.n_iter, float(_total(squares * weight))
         return self
+
+    def _fitted(self, X):  # rows, the codebook, and what makes tensors into what X is
+        if not hasattr(self, "cluster_centers_"):
+            from sklearn.exceptions import NotFittedError
+
+            raise NotFittedError("This KMeans instance is not fitted yet. Call 'fit' first.")
+        rows = _fitted_rows(self, X, reset=False)
+        return rows, torch.as_tensor(self.cluster_centers_).to(rows.device)
 
     def predict(
         self,
         X, # (n, d) tensor or array
     ): # (n,)
         """The label of each row: its nearest centre."""
-        if not hasattr(self, "cluster_centers_"):
-            from sklearn.exceptions import NotFittedError
-
-            raise NotFittedError("This KMeans instance is not fitted yet. Call 'fit' first.")
-        rows = _fitted_rows(self, X, reset=False)
-        codes, _ = encode(rows, torch.as_tensor(self.cluster_centers_))
+        codes, _ = encode(*self._fitted(X))
         return codes if isinstance(X, torch.Tensor) else codes.numpy()
+
+    def transform(
+        self,
+        X, # (n, d) tensor or array
+    ): # (n, k), of the rows' type; a data frame where `set_output` asks for one
+        """The distance of each row to each centre."""
+        rows, codebook = self._fitted(X)
+        space = _space(rows, codebook=codebook.double())
+        apart = torch.cdist(space.scaled(rows), space.scaled(codebook), compute_mode="donot_use_mm_for_euclid_dist") / space.scale
+        if isinstance(X, torch.Tensor):
+            return apart.to(rows.dtype)
+        from sklearn.utils._set_output import _wrap_data_with_container
+
+        return _wrap_data_with_container("transform", apart.to(rows.dtype).numpy(), X, self)
+
+    def score(
+        self,
+        X, # (n, d) tensor or array
+        y=None, # ignored
+        sample_weight=None, # (n,) weights, at least 0
+    ) -> float:
+        """Minus the inertia of the rows: the greater the better."""
+        rows, codebook = self._fitted(X)
+        return -float(_total(encode(rows, codebook)[1] * _fitted_weight(sample_weight, rows)))
 
     def fit_predict(
         self,
@@ -645,3 +888,33 @@ class KMeans(_Parameters):
     ): # (n,)
         """The labels of the rows after fitting."""
         return self.fit(X, y, sample_weight).labels_
+
+    def fit_transform(
+        self,
+        X, # (n, d) tensor or array
+        y=None, # ignored
+        sample_weight=None, # (n,) weights, at least 0
+    ): # (n, k)
+        """The distance of each row to each centre after fitting."""
+        return self.fit(X, y, sample_weight).transform(X)
+
+    def get_feature_names_out(
+        self,
+        input_features=None, # ignored
+    ) -> np.ndarray: # (k,)
+        """The names of the columns of `transform`: kmeans0, kmeans1 and so on."""
+        if not hasattr(self, "cluster_centers_"):
+            from sklearn.exceptions import NotFittedError
+
+            raise NotFittedError("This KMeans instance is not fitted yet. Call 'fit' first.")
+        return np.array([f"kmeans{i}" for i in range(len(self.cluster_centers_))], dtype=object)
+
+    def set_output(
+        self,
+        *,
+        transform=None, # "default", "pandas" or "polars"; None: as it is
+    ):
+        """The estimator itself, whose `transform` then gives arrays or data frames."""
+        if transform is not None:
+            self._sklearn_output_config = {"transform": transform}
+        return self

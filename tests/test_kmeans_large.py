@@ -17,10 +17,10 @@ import importlib, resource, sys
 import torch
 module = importlib.import_module("deepkmeans.kmeans")
 module.IN_MEMORY, kmeans, _backend = 2**26, module.kmeans, module._backend
-kmeans(torch.randn(100, 32), 4, backend="faiss")
+kmeans(torch.randn(5000, 32), 4, backend="faiss")  # so that the libraries have their buffers
 rows = torch.from_file(sys.argv[1], size=1_000_000 * 32).view(-1, 32)
 in_use = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData")) * 1024
-resource.setrlimit(resource.RLIMIT_DATA, (in_use + 110 * 2**20,) * 2)
+resource.setrlimit(resource.RLIMIT_DATA, (in_use + 80 * 2**20,) * 2)
 try:
     rows.clone()
 except RuntimeError:
@@ -32,7 +32,7 @@ print(found.n_iter, torch.bincount(found.codes).tolist())
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit on memory is set in Linux's way")
 def test_rows_larger_than_the_memory(tmp_path):
-    """128 MB of rows are clustered with 110 MiB of memory, and the result is that of a block of them."""
+    """128 MB of rows are clustered with 80 MiB of memory, and the result is that of a block of them."""
     block = torch.randn(10_000, 32, generator=torch.Generator().manual_seed(0))
     with open(tmp_path / "rows", "wb") as file:
         for _ in range(100):
@@ -104,3 +104,37 @@ def test_comparing_all_centres_or_few_is_the_same(monkeypatch, n, d, k):
         monkeypatch.setattr(kernels, "_few", lambda k, d: few)
         found.append(kernels.lloyd(x, None, x[:k].astype(float), 50, 0.0))
     assert (found[0][0] == found[1][0]).all() and found[0][1:] == found[1][1:]
+
+
+DISAGREEING = """
+import datetime, sys
+import torch
+import torch.distributed as dist
+from deepkmeans.kmeans import kmeans
+rank, folder = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60))
+rows = torch.randn(200, 3, generator=torch.Generator().manual_seed(rank))
+start, first = torch.arange(12.0).view(4, 3), rank == 0
+cases = [dict(rows=rows[:0]) if first else {}, dict(rows=torch.full((5, 3), torch.nan)) if first else {}, dict(rows="rows") if first else {}, dict(sample_weight=[1.0]) if first else {},
+         dict(init=start + rank), dict(k=4 - rank, init=start[:4 - rank]), dict(rows=rows[:, :2], init=start[:, :2]) if first else {}, dict(max_iter=5 + rank), dict(tol=0.1 * rank),
+         dict(rows=rows.double()) if first else {}, dict(sample_weight=torch.ones(200)) if first else {}, dict(backend="tree") if first else {}, dict(k=2000, init=start.repeat(500, 1))]
+for case in cases:
+    try:
+        kmeans(**dict(rows=rows, k=4, init=start, group=dist.group.WORLD) | case)
+        print("accepted")
+    except ValueError as error:
+        print(error)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
+def test_processes_that_were_given_different_things_all_say_so_and_none_waits(tmp_path):
+    workers = [subprocess.Popen([sys.executable, "-c", DISAGREEING, str(rank), tmp_path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for rank in (0, 1)]
+    first, second = ([*worker.communicate(timeout=100)][0].splitlines() for worker in workers)
+    wrong = ["rows has shape (0, 3)", "rows holds NaN", "rows of type str must be numbers", "sample_weight has shape (1,)"]
+    assert [a[:len(w)] for a, w in zip(first, wrong)] == wrong and all("another process of the group refused its arguments" in b for b in second[:4])
+    assert first[4:11] == second[4:11] == [f"the processes of the group were given different {names}, must be the same in all"
+                                           for names in ("init", "init, k", "init", "max_iter", "tol", "dtype", "sample_weight")]
+    assert first[11].startswith("backend='tree' needs all rows in one process") and "another process" in second[11]
+    assert first[12:] == second[12:] == ["k=2000 must be between 1 and the number of rows, 400"]
