@@ -3,20 +3,25 @@ import json
 import os
 import resource
 import signal
+import socket
+import stat
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+from fuzz_codec import joined, split
 from second_reader import read_dense
 from torch.nn.utils.parametrizations import weight_norm
+from torchvision import models
 
-from deepkmeans import CompressedFileError, build, compression, decompress, inspect, load_compressed, make_plan, save_compressed, share, unshare
-from deepkmeans.codec import file_bytes
+from deepkmeans import CompressedFileError, build, codec, compression, decompress, inspect, load_compressed, make_plan, save_compressed, share, unshare
+from deepkmeans.codec import MAX_HEADER, MAX_NAMES, decoded_bytes, file_bytes, write_file, _read
 from deepkmeans.kmeans import Clustering
 from deepkmeans.rows import row_length
 from deepkmeans.sharing import CONVOLUTIONS, share_layer, shared_layers
@@ -84,6 +89,24 @@ def test_what_comes_back_is_what_was_saved(name, tmp_path):
     assert all(torch.equal(ours[k], v) and np.array_equal(theirs[k], v.numpy()) for k, v in dense.items())
 
 
+BUILDERS, QUICK = models.list_models(module=models), ("mnasnet0_5", "regnet_y_400mf", "swin_t")
+all_of_them = pytest.mark.skipif("DEEPKMEANS_ALL" not in os.environ, reason="a quarter of an hour and 10 GB of memory: DEEPKMEANS_ALL=1 pytest tests/test_codec.py -k classifier")
+
+
+@pytest.mark.filterwarnings("ignore:The default weight initialization")
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in QUICK else all_of_them) for name in BUILDERS])
+def test_every_classifier_of_torchvision_comes_back_bit_for_bit(name, tmp_path):
+    net = build(f"torchvision:{name}", 3)
+    share_at_random(net, dict(list(make_plan(net, k=5, sparsity=0.3).items())[:4]))
+    save_compressed(net, tmp_path / "net.dkm")
+    back = load_compressed(tmp_path / "net.dkm", max_bytes=2**33)
+    before, after = net.state_dict(), back.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(v, after[k]) and v.dtype == after[k].dtype for k, v in before.items())
+    if sum(map(torch.numel, net.parameters())) < 1e8:
+        with torch.no_grad():
+            assert torch.equal(net.eval()(torch.ones(1, 3, 224, 224)), back(torch.ones(1, 3, 224, 224)))
+
+
 def test_odd_networks_come_back(tmp_path):
     net, path, x = shared_odd(), tmp_path / "odd.dkm", torch.randn(2, 3, 20, 20)
     save_compressed(net, path)
@@ -112,10 +135,17 @@ def test_codebooks_of_half_the_size(tmp_path):
     back = load_compressed(tmp_path / "half.dkm")
     assert back.conv2.weight.dtype == torch.float32 and torch.equal(back.conv2.weight, net.conv2.weight.half().float())
     assert np.array_equal(read_dense(tmp_path / "half.dkm")["conv2.weight"], back.conv2.weight.detach().numpy())
-    with torch.no_grad():
-        net.conv2.parametrizations.weight.original[3] = 1e5
-    with pytest.raises(ValueError, match="'conv2' is not finite in torch.float16"):
-        save_compressed(net, tmp_path / "half.dkm", codebook_dtype="float16")
+    codebook = net.conv2.parametrizations.weight.original.data
+    kept = codebook.clone()
+    for change, problem in ((lambda: codebook[3].fill_(1e5), "is not finite in torch.float16"), (lambda: codebook.mul_(1e-9), "is too small for torch.float16: its largest number is"),
+                            (lambda: codebook.mul_(1e-6), "is too small")):  # of the last, half the digits would be left
+        change()
+        with pytest.raises(ValueError, match=f"'conv2' {problem}"):
+            save_compressed(net, tmp_path / "half.dkm", codebook_dtype="float16")
+        codebook.copy_(kept)
+    codebook[3] = 0
+    codebook[3, 0] = 1e-9  # nothing beside the others: any network has such numbers
+    save_compressed(net, tmp_path / "zero.dkm", codebook_dtype="float16")
     assert same(back, load_compressed(tmp_path / "half.dkm"), torch.zeros(1, 1, 28, 28))
 
 
@@ -188,6 +218,216 @@ def test_every_single_byte_matters(tmp_path):
             load_compressed(path, nn.Sequential(nn.Conv2d(1, 4, 3, bias=False)))
 
 
+# Files that somebody forged, their checksums made right
+
+
+def small(): # the smallest network whose file has every array
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 64, (9, 1)), nn.BatchNorm2d(64), nn.Flatten(), nn.Linear(64, 2))
+    net.register_buffer("mask", torch.tensor([True, False]))
+    return net
+
+
+def shared_small(): # with a histogram
+    net = small()
+    share_at_random(net, make_plan(net, k=4, sparsity=0.7))
+    return net
+
+
+def forged(change, net=None): # change(metadata, header, body as a bytearray)
+    header, body = split(file_bytes(net or shared_small()))
+    body = bytearray(body)
+    change(header["__metadata__"], header, body)
+    return joined(header, bytes(body))
+
+
+def filled(array, byte):
+    def change(metadata, header, body):
+        a, b = header[array]["data_offsets"]
+        body[a:b] = bytes([byte]) * (b - a)
+    return change
+
+
+def layer_field(column, value):
+    def change(metadata, header, body):
+        metadata["layers"][1][metadata["layers"][0].index(column)] = value
+    return change
+
+
+def architecture(value):
+    return lambda metadata, header, body: metadata.update(architecture=value)
+
+
+def named(table, name): # a layer, a tensor, a tie or an architecture of that name
+    def change(metadata, header, body):
+        if table == "layers":
+            metadata["layers"][1][0] = name
+        elif table == "tensors":
+            metadata["tensors"]["F32"][0][0] = name
+        else:
+            metadata[table] = {name: "3.weight"} if table == "ties" else {"name": name}
+    return change
+
+
+FORGED = {
+    "a histogram without a used cluster": filled("histograms", 0), "a codebook of NaN": filled("codebooks.F32", 255), "truth values that are neither": filled("tensors.BOOL", 7),
+    "words of 4,300 digits": layer_field("words", 10**4299), "clusters of 4,300 digits": layer_field("k", 10**4299), "words that are a truth value": layer_field("words", True),
+    "a layout that is a list": layer_field("layout", []), "a type that is an object": layer_field("dtype", {}),
+    "an architecture without a name": architecture({"num_classes": 2}), "one whose name is a number": architecture({"name": 7}), "one with a seed": architecture({"name": "lenet5", "seed": 1}),
+    "one with text": architecture({"name": "lenet5", "num_classes": "2"}), "one with NaN": architecture({"name": "freshnet_cnn", "dropout": float("nan")}),
+    "one with infinity": architecture({"name": "freshnet_cnn", "dropout": float("inf")}), "one of 4,300 digits": architecture({"name": "lenet5", "num_classes": 10**4299}),
+    **{f"{what} as the name in {table}": named(table, name) for table in ("layers", "tensors", "ties", "architecture")
+       for what, name in {"half a surrogate pair": "\ud800", "an escape sequence": "\x1b[2J\x1b[31m", "a line": "a\nb", "a turn of direction": "\u202eabc"}.items()},
+}
+
+
+@pytest.mark.parametrize("what", FORGED)
+def test_every_reader_refuses_a_file_with(what, tmp_path):
+    path = tmp_path / "forged.dkm"
+    path.write_bytes(forged(FORGED[what]))
+    for reader in (lambda path: load_compressed(path, small()), lambda path: str(inspect(path)), decompress):
+        with pytest.raises(CompressedFileError) as error:
+            reader(path)
+        assert str(error.value).isprintable() and len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("kind", [torch.int32, torch.bool, torch.uint8, torch.int64, torch.float64, torch.float16])
+def test_weights_of_another_type_do_not_enter_a_network(kind, tmp_path):
+    net, path = shared_small(), tmp_path / "net.dkm"
+    del net[3].bias
+    net[3].register_buffer("bias", torch.zeros(2, dtype=kind))
+    save_compressed(net, path)
+    target = small()
+    with pytest.raises(CompressedFileError, match=f"'3.bias' has type {kind} in the file and torch.float32 in the network"):
+        load_compressed(path, target)
+    assert not shared_layers(target)
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("part", [lambda net: net.fc2, lambda net: net.conv2, lambda net: net])
+def test_a_network_is_read_in_one_floating_type_or_not_at_all(kind, part, tmp_path):
+    net, path = build("lenet5", 2), tmp_path / "net.dkm"
+    part(net).to(kind)
+    share_at_random(net, make_plan(net, k=4))
+    if part(net) is net:  # all of it: saved and built again as it is
+        save_compressed(net, path)
+        assert all(torch.equal(v, net.state_dict()[k]) for k, v in load_compressed(path).state_dict().items())
+    else:  # a writer does not name it, since it cannot run
+        with pytest.warns(UserWarning, match="no longer what build"):
+            save_compressed(net, path)
+        header, body = split(path.read_bytes())
+        header["__metadata__"]["architecture"] = net.architecture
+        path.write_bytes(joined(header, body))
+        with pytest.raises(CompressedFileError, match="has type"):
+            load_compressed(path)
+    with pytest.raises(CompressedFileError, match="has type"):  # nothing is rounded on the way into a given network
+        load_compressed(path, build("lenet5", 2))
+
+
+def test_a_name_that_stands_twice_in_the_header_is_refused(tmp_path):
+    header, body = split(file_bytes(shared_small()))
+    text = json.dumps({k: header[k] for k in header if k != "__metadata__"} | {"__metadata__": {k: json.dumps(v) if isinstance(v, (list, dict)) else v for k, v in header["__metadata__"].items()}})
+    text = (text[:-1] + ', "codes": 1}').encode()
+    (tmp_path / "twice.dkm").write_bytes(len(text).to_bytes(8, "little") + text + body)
+    with pytest.raises(CompressedFileError, match="twice"):
+        inspect(tmp_path / "twice.dkm")
+
+
+def test_names_that_no_reader_takes_are_not_written(tmp_path):
+    net = nn.Sequential()
+    net.add_module("a\x1b[31m", nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="cannot be printed"):
+        save_compressed(net, tmp_path / "net.dkm")
+    crowd = nn.ParameterList([nn.Parameter(torch.zeros(0))] * (MAX_NAMES + 1))
+    with pytest.raises(ValueError, match=f"at most {MAX_NAMES:,}"):
+        save_compressed(crowd, tmp_path / "net.dkm")
+    wide = nn.ParameterDict({"x" * MAX_HEADER: nn.Parameter(torch.zeros(0))})
+    with pytest.raises(ValueError, match=f"at most {MAX_HEADER:,}"):
+        save_compressed(wide, tmp_path / "net.dkm")
+    assert not list(tmp_path.iterdir())
+
+
+# Files that unpack to more than they seem
+
+
+def bomb(n, ballast): # n weights of one cluster in half precision: a few bytes, and `ballast` that a rule on the ratio would count
+    net = nn.Sequential(nn.Conv2d(1, 4, 3, bias=False))
+    net.register_buffer("ballast", torch.zeros(ballast, dtype=torch.uint8))
+    share_layer(net[0], Clustering(torch.ones(1, 1), torch.zeros(36, dtype=torch.int64), 0.0, 0), make_plan(net, k=1, layout="scalar")["0"])
+    def change(metadata, header, body):
+        name, _, *rest = metadata["layers"][1]
+        metadata["layers"][1] = [name, [n, 1], "scalar", n, 1, 0, "F16", "F16", 0, 0]
+    return forged(change, net.half())
+
+
+def test_a_file_that_unpacks_to_gigabytes_is_refused_before_it_does(tmp_path):
+    path = tmp_path / "bomb.dkm"
+    path.write_bytes(bomb(2**29, 2**20))  # 1 GiB of weights and 2 GiB of codes from a megabyte
+    with pytest.raises(CompressedFileError, match="at most 1024 times"):
+        decompress(path)
+    path.write_bytes(bomb(2**24, 2**17))
+    for reader in (decompress, inspect, load_compressed):
+        with pytest.raises(CompressedFileError, match="more than max_bytes=1,000,000"):
+            reader(path, max_bytes=10**6)
+    assert decompress(path, max_bytes=6 * 2**24 + 2**17)["0.weight"].shape == (2**24, 1)
+    assert decoded_bytes(_read(path, 2**30).tables) == 6 * 2**24 + 2**17
+
+
+def test_ties_count_as_often_as_they_stand(tmp_path):
+    net = nn.ParameterDict({"w": nn.Parameter(torch.zeros(10**5))})
+    def change(metadata, header, body):
+        metadata["ties"] = {str(i): "w" for i in range(1000)}
+    (tmp_path / "ties.dkm").write_bytes(forged(change, net))
+    assert len(decompress(tmp_path / "ties.dkm")) == 1001
+    with pytest.raises(CompressedFileError, match="max_bytes"):
+        decompress(tmp_path / "ties.dkm", max_bytes=10**8)
+
+
+def test_a_large_file_is_not_read_for_nothing(tmp_path):
+    with open(tmp_path / "sparse.dkm", "wb") as file:
+        file.truncate(2**40)  # a terabyte of nothing
+    with pytest.raises(CompressedFileError, match="more than max_bytes"):
+        inspect(tmp_path / "sparse.dkm")
+
+
+def test_names_cost_time_in_proportion_and_have_a_bound(tmp_path):
+    seconds, path = [], tmp_path / "names.dkm"
+    def crowd(n): # n empty tensors and n ties
+        def change(metadata, header, body):
+            metadata["tensors"]["F32"] += [[f"t{i}", [0]] for i in range(n)]
+            metadata["ties"] = {f"u{i}": f"t{i}" for i in range(n)}
+        return forged(change)
+    for n in (MAX_NAMES // 8, MAX_NAMES // 2 - 8):
+        path.write_bytes(crowd(n))
+        start = time.process_time()
+        decompress(path)
+        seconds.append(time.process_time() - start)
+    assert seconds[1] < 12 * seconds[0] and seconds[1] < 2
+    path.write_bytes(crowd(MAX_NAMES // 2))
+    with pytest.raises(CompressedFileError, match=f"at most {MAX_NAMES:,}"):
+        decompress(path)
+    path.write_bytes(crowd(4 * MAX_NAMES))
+    with pytest.raises(CompressedFileError, match="a header of"):
+        decompress(path)
+
+
+SCARCE = """
+import resource, numpy as np
+from deepkmeans.codec import unpack_codes
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**26, resource.RLIM_INFINITY))
+try:
+    unpack_codes(np.array([255, 1], np.uint8), np.array([1], np.uint32), 2**27, 2)
+except MemoryError:
+    print("noticed")
+"""
+
+
+def test_too_little_memory_is_an_error_and_not_the_end_of_the_process():
+    done = subprocess.run([sys.executable, "-c", SCARCE], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert (done.returncode, done.stdout) == (0, "noticed\n"), done.stderr
+
+
 def test_mutated_files_neither_crash_nor_hang_nor_pass(root, tmp_path):
     record = tmp_path / "record.json"
     subprocess.run([sys.executable, root / "tests" / "fuzz_codec.py", "2000", record], check=True, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -255,9 +495,68 @@ def test_a_save_that_fails_late_leaves_the_old_file(step, tmp_path, monkeypatch)
     def fail(*_):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(os, step, fail)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="No space left on device: .*net.dkm"):
         save_compressed(build("lenet5", seed=1), path)
     assert path.read_bytes() == old and list(tmp_path.iterdir()) == [path]
+
+
+def strange(kind, folder): # something at a path that is no regular file
+    path = folder / kind
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "device": # the null device by another name, in a scratch folder
+        try:
+            os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(1, 3))
+        except PermissionError:
+            pytest.skip("only root makes devices")
+    else:
+        socket.socket(socket.AF_UNIX).bind(str(path))
+    return path
+
+
+@pytest.mark.parametrize("linked", [False, True])
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device", "socket"])
+def test_only_regular_files_are_replaced_and_that_is_seen_before_any_work(kind, linked, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the path of a socket must be short
+    path = strange(kind, Path("."))
+    before = os.lstat(path)
+    if linked:
+        Path("link").symlink_to(kind)
+        path = Path("link")
+    monkeypatch.setattr(codec, "file_bytes", lambda *_, **__: pytest.fail("worked for nothing"))
+    with pytest.raises(ValueError, match="is no regular file"):
+        save_compressed(build("lenet5"), path)
+    with pytest.raises(ValueError, match="is no regular file"):
+        write_file(path, b"x")
+    after = os.lstat(kind)
+    assert (after.st_mode, after.st_ino, after.st_size) == (before.st_mode, before.st_ino, before.st_size) and {p.name for p in Path(".").iterdir()} == {kind, path.name}
+
+
+@pytest.mark.parametrize("path", ["missing/net.dkm", "file/net.dkm", "link"])
+def test_a_missing_folder_is_seen_before_any_work(path, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("missing/net.dkm")
+    monkeypatch.setattr(codec, "file_bytes", lambda *_, **__: pytest.fail("worked for nothing"))
+    with pytest.raises(ValueError, match="in a folder that does not exist"):
+        save_compressed(build("lenet5"), tmp_path / path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_replaced_file_keeps_its_mode_and_the_links_to_it(tmp_path):
+    (tmp_path / "net.dkm").write_bytes(b"old")
+    (tmp_path / "net.dkm").chmod(0o600)
+    (tmp_path / "link").symlink_to("net.dkm")
+    write_file(tmp_path / "link", b"new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "net.dkm").read_bytes() == b"new" and stat.S_IMODE((tmp_path / "net.dkm").stat().st_mode) == 0o600
+
+
+def test_a_name_may_be_as_long_as_the_system_allows(tmp_path):
+    write_file(tmp_path / ("x" * 255), b"new")
+    with pytest.raises(OSError, match="x" * 200) as error:
+        write_file(tmp_path / ("x" * 256), b"new")
+    assert ".part" not in str(error.value) and len(list(tmp_path.iterdir())) == 1
 
 
 def test_threads_may_save_to_one_path(tmp_path):
