@@ -132,6 +132,9 @@ class Portion:
     def __len__(self):
         return self.batches
 
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
     def __iter__(self):
         self.loader.set_epoch(self.first + self.epoch)
         return islice(self.loader, self.batches)

@@ -382,27 +382,47 @@ def side_by_side(
     finally:
         torch.set_num_threads(threads)  # what a worker sets counts for threads that come later
 
+# %% ../nbs/02_sharing.ipynb #given
+def _given(layers, plan, codes):  # {layer name: Clustering} of the layers whose codes are given
+    if unknown := set(codes) - set(layers):
+        raise ValueError(f"codes names {sorted(unknown)}, which the plan does not hold")
+    return {name: _clustered_as(name, layers[name].weight, plan[name], own) for name, own in codes.items()}
+
+
+def _clustered_as(name, weight, plan, codes):
+    rows = to_rows(weight.detach(), plan.layout)  # (n, d)
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    if tuple(codes.shape) != rows.shape[:1] or codes.is_floating_point() or int(codes.min()) < 0 or int(codes.max()) >= len(rows):
+        raise ValueError(f"codes of layer {name!r} are {codes.dtype} {tuple(codes.shape)}, must be {len(rows)} whole numbers from 0 to {len(rows) - 1}")
+    used = codes.long().unique()  # sorted
+    if plan.pinned and used[0] > 0:
+        used = torch.cat([used.new_zeros(1), used])  # the pinned centre stays, whether rows have it or not
+    new = torch.searchsorted(used, codes.long().to(used.device))  # (n,)
+    codebook = centroids(rows, new, len(used), plan.pinned)  # (k, d)
+    inertia = float((rows - codebook.index_select(0, new)).double().square().sum())
+    return Clustering(codebook, new, inertia, 0)
+
 # %% ../nbs/02_sharing.ipynb #share
 def share(
     model, # the network; changed in place
     plan, # {layer name: LayerPlan}, from `make_plan`
     *,
-    init=None, # {layer name: codes (n,)} to start from, such as `Regularizer.codes()`; others start with k-means++
+    codes=None, # {layer name: codes (n,)} that are kept, such as `Regularizer.codes()`; None and other layers: k-means
     seed=0, # seed of every layer's k-means; from a torch.Generator each draws its own
     backend="auto", # back end of the k-means
     progress=False, # show a progress bar?
 ) -> SharingReport:
     """Share the weights of the planned layers in place and report what each got (paper, section 2.3).
 
-    Each planned layer's `weight` becomes a `SharedWeight`. A k above the number of distinct rows shrinks to it (`report.capped`).
+    Each planned layer's `weight` becomes a `SharedWeight`. A k above the number of distinct rows shrinks to it (`report.capped`). Where `codes` are given
+    nothing is clustered: each centre is the mean of its rows, zero for code 0 of a layer with rows pinned to zero, and codes that no row has are left out.
     Optimizers and their momenta are to be made afterwards: a codebook has another shape than its weight. Raises `ValueError` for unknown or already
     shared layers, for weights that are tied to others, computed from others (pruning, weight norm), complex or not finite. An error leaves the network unchanged.
     """
     layers = planned_layers(model, plan)
-    unknown = set(init or {}) - set(layers)
-    if unknown:
-        raise ValueError(f"init names {sorted(unknown)}, which the plan does not hold")
-    found = cluster_layers(layers, plan, codes=init, seed=seed, backend=backend, progress=progress)
+    given = _given(layers, plan, codes or {})
+    others = {name: module for name, module in layers.items() if name not in given}
+    found = given | cluster_layers(others, plan, seed=seed, backend=backend, progress=progress)
     rows = [_describe(name, module.weight, plan[name], found[name]) for name, module in layers.items()]
     skipped = _dense_layers(model, plan, dict.fromkeys(dict(model.named_modules()), "not in the plan") | getattr(plan, "skipped", {}))
     share_layers(layers, found, plan)
