@@ -1,0 +1,215 @@
+"""Hard assignments in the loops that users write: any optimizer, frozen layers, other dtypes and devices, interrupted runs."""
+import copy
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from pretended_cuda import pretended_cuda
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import deepkmeans as dk
+from deepkmeans.rows import to_rows
+from deepkmeans.sharing import LayerPlan, shared_layers
+
+
+def small_net():
+    g = torch.Generator().manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.Flatten(), nn.Linear(16 * 16, 4))
+    for p in net.parameters():
+        p.data = 0.2 * torch.randn(p.shape, generator=g)
+    return net
+
+
+def batch(i, device="cpu", dtype=torch.float32):
+    g = torch.Generator().manual_seed(i)
+    x, y = torch.randn(16, 1, 8, 8, generator=g), torch.randint(4, (16,), generator=g)
+    return x.to(device, dtype), y.to(device)
+
+
+def a_step(net, optimizer, i, parts=1):
+    optimizer.zero_grad()
+    for part in range(parts):
+        p = next(net.parameters())
+        x, y = batch(parts * i + part, p.device, p.dtype)
+        (F.cross_entropy(net(x).float(), y) / parts).backward()
+    optimizer.step()
+
+
+def distinct_rows(net, name):
+    return len(torch.unique(to_rows(net.get_submodule(name).weight.detach()), dim=0))
+
+
+OPTIMIZERS = {
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=1e-3),
+    "Adam": lambda p: torch.optim.Adam(p, lr=0.01),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.01),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("parts", [1, 3])
+def test_rows_lie_on_their_centres_after_each_step_of_any_optimizer_and_codes_move(name, parts):
+    net = small_net()
+    plan = dk.make_plan(net, k=4)
+    regularizer, optimizer = dk.Regularizer(net, plan), OPTIMIZERS[name](net.parameters())
+    first = regularizer.codes()
+    for i in range(60):
+        a_step(net, optimizer, i, parts)
+        regularizer.step((i + 1) / 60)
+        assert all(distinct_rows(net, layer) <= 4 for layer in plan)
+    assert any((first[layer] != codes).any() for layer, codes in regularizer.codes().items())
+    written = copy.deepcopy(net)
+    dk.share(written, plan, codes=regularizer.codes())
+    assert all(torch.equal(written.get_submodule(layer).weight, net.get_submodule(layer).weight) for layer in plan)
+
+
+def test_share_writes_down_pinned_rows_as_re_training_left_them():
+    net = small_net()
+    plan = dk.make_plan(net, k=4, sparsity=0.4)
+    regularizer, optimizer = dk.Regularizer(net, plan), OPTIMIZERS["momentum"](net.parameters())
+    for i in range(40):
+        a_step(net, optimizer, i)
+        regularizer.step((i + 1) / 40)
+    dense = {name: net.get_submodule(name).weight.detach().clone() for name in plan}
+    dk.share(net, plan, codes=regularizer.codes())
+    for name, layer in shared_layers(net).items():
+        rows = to_rows(net.get_submodule(name).weight)
+        assert torch.equal(net.get_submodule(name).weight, dense[name])
+        assert (rows == 0).all(1).sum() == round(0.4 * len(rows)) and (rows[layer.codes.long() == 0] == 0).all()
+
+
+def test_a_frozen_layer_is_shared_and_then_stays_as_it_is():
+    net = small_net()
+    net[0].weight.requires_grad_(False)
+    regularizer = dk.Regularizer(net, dk.make_plan(net, k=4))
+    frozen, codes = net[0].weight.detach().clone(), regularizer.codes()["0"]
+    optimizer = OPTIMIZERS["momentum"]([p for p in net.parameters() if p.requires_grad])
+    for i in range(30):
+        a_step(net, optimizer, i)
+        regularizer.step((i + 1) / 30)
+    assert torch.equal(net[0].weight, frozen) and torch.equal(regularizer.codes()["0"], codes) and distinct_rows(net, "2") == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_network_may_change_its_dtype_after_the_regularizer_was_made(dtype):
+    net = small_net()
+    regularizer = dk.Regularizer(net, dk.make_plan(net, k=4))
+    net.to(dtype)
+    optimizer = OPTIMIZERS["momentum"](net.parameters())
+    for i in range(20):
+        a_step(net, optimizer, i)
+        regularizer.step((i + 1) / 20)
+    assert net[2].weight.dtype == dtype and distinct_rows(net, "2") <= 4
+    dk.share(net, regularizer.plan, codes=regularizer.codes())
+
+
+def test_small_steps_are_not_lost_in_a_network_of_16_bits():
+    net = nn.Sequential(nn.Conv2d(1, 4, 1, bias=False)).bfloat16()
+    net[0].weight.data = torch.tensor([1.0, 1.0, 3.0, 3.0], dtype=torch.bfloat16).view(4, 1, 1, 1)
+    regularizer = dk.Regularizer(net, {"0": LayerPlan(k=2)})
+    for _ in range(8):
+        with torch.no_grad():
+            net[0].weight += torch.tensor([2**-7, 2**-7, 0, 0], dtype=torch.bfloat16).view(4, 1, 1, 1)  # the last bit at 1
+        regularizer.step(0.9)
+    assert net[0].weight.flatten().tolist() == [1 + 8 * 2**-7] * 2 + [3, 3]
+
+
+def test_a_network_may_be_moved_to_another_device_after_the_regularizer_was_made():
+    if torch.cuda.is_available():
+        return run_on_the_device()
+    with pretended_cuda():
+        run_on_the_device()
+
+
+def run_on_the_device():
+    net = small_net()
+    regularizer = dk.Regularizer(net, dk.make_plan(net, k=4, sparsity=0.2))
+    net.to("cuda")
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    for i in range(12):
+        a_step(net, optimizer, i)
+        regularizer.step((i + 1) / 12)
+    assert net[2].weight.is_cuda and all(codes.is_cuda for codes in regularizer.codes().values())
+
+
+def test_an_interrupted_loop_goes_on_to_the_same_bits():
+    def begin():
+        net = small_net()
+        plan = dk.make_plan(net, k=5, sparsity=0.2)
+        return net, OPTIMIZERS["momentum"](net.parameters()), dk.Regularizer(net, plan)
+
+    def go_on(net, optimizer, regularizer, steps):
+        for i in steps:
+            a_step(net, optimizer, i)
+            regularizer.step((i + 1) / 50)
+
+    straight = begin()
+    go_on(*straight, range(50))
+    net, optimizer, regularizer = begin()
+    go_on(net, optimizer, regularizer, range(23))
+    states = copy.deepcopy([net.state_dict(), optimizer.state_dict(), regularizer.state_dict()])
+    resumed = begin()
+    for part, state in zip(resumed, states):
+        part.load_state_dict(state)
+    go_on(*resumed, range(23, 50))
+    assert all(torch.equal(a, b) for a, b in zip(straight[0].state_dict().values(), resumed[0].state_dict().values()))
+    ends = [r.state_dict() for _, _, r in (straight, resumed)]
+    assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
+
+
+def test_the_state_of_another_plan_is_refused():
+    one, other = (dk.Regularizer(net, dk.make_plan(net, k=k)) for net, k in ((small_net(), 8), (small_net(), 4)))
+    with pytest.raises(ValueError, match="at most 4 centres"):
+        other.load_state_dict(one.state_dict())
+
+
+def test_train_refuses_a_regularizer_of_another_network_and_a_checkpoint_of_another_plan(tmp_path):
+    loader = dk.loaders(dk.subset(dk.load("digits"), 128), 64)[0]
+    nets = [dk.build("lenet5", seed=0) for _ in range(2)]
+    regularizer = dk.Regularizer(nets[0], dk.make_plan(nets[0], k=8))
+    with pytest.raises(ValueError, match="made for another network"):
+        dk.train(nets[1], loader, epochs=1, lr=0.01, regularizer=regularizer, progress=False)
+    dk.train(nets[0], loader, epochs=1, lr=0.01, regularizer=regularizer, checkpoint=tmp_path / "c", progress=False)
+    fewer = dk.Regularizer(nets[1], dk.make_plan(nets[1], k=4))
+    with pytest.raises(ValueError, match="written with other settings: regularizer="):
+        dk.train(nets[1], loader, epochs=1, lr=0.01, regularizer=fewer, checkpoint=tmp_path / "c", progress=False)
+
+
+def test_all_codes_together_keep_to_a_wanted_number_of_bits():
+    net = small_net()
+    plan = dk.make_plan(net, k=8, sparsity=0.3)
+    wr = copy.deepcopy(net)
+    dk.share(wr, plan)
+    start = sum(row["index_bits"] + row["codebook_bits"] for row in dk.compression(wr, coding="entropy").rows)
+    for wanted in (0.9 * start, 1.0 * start):
+        trained = copy.deepcopy(net)
+        regularizer, optimizer = dk.Regularizer(trained, plan, bits=wanted), OPTIMIZERS["momentum"](trained.parameters())
+        for i in range(60):
+            a_step(trained, optimizer, i)
+            regularizer.step((i + 1) / 60)
+        dk.share(trained, plan, codes=regularizer.codes())
+        spent = sum(row["index_bits"] + row["codebook_bits"] for row in dk.compression(trained, coding="entropy").rows)
+        assert spent == pytest.approx(wanted, rel=0.03)
+
+
+class Count(TorchDispatchMode):
+    """Operations that compute: what would be launches on a GPU, views and bookkeeping left out."""
+
+    VIEWS = ("view", "detach", "alias", "slice", "select", "expand", "unsqueeze", "squeeze", "t.", "transpose", "split", "reshape", "as_strided")
+
+    def __init__(self):
+        super().__init__()
+        self.operations = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.operations += not str(op).startswith(tuple(f"aten.{view}" for view in self.VIEWS))
+        return op(*args, **(kwargs or {}))
+
+
+def test_a_step_on_a_deep_network_takes_tens_of_operations():
+    net = dk.build("wide_resnet", widen=1, seed=0)
+    regularizer = dk.Regularizer(net, dk.make_plan(net, k=4))
+    with Count() as count:
+        regularizer.step(0.9)
+    assert count.operations <= 60, count.operations
