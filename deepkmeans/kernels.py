@@ -23,7 +23,7 @@ def _compiled(**how):  # by numba, which keeps the result on disk where it finds
         try:
             return njit(cache=True, **how)(function)
         except RuntimeError:  # there is none: neither beside the package nor in a home
-            warnings.warn("numba finds no folder for what it compiles, so that each process compiles anew; NUMBA_CACHE_DIR can name one")
+            warnings.warn("numba finds no folder to keep what it compiles, each process compiles anew; NUMBA_CACHE_DIR names one")
             return njit(**how)(function)
     return compiled
 
@@ -177,7 +177,7 @@ def nearest(
     depth = int(np.log2(leaves) + 0.5)
     stack, far, squares = np.empty(depth + 2, np.int64), np.empty(depth + 2, np.float32), np.empty(_LEAF + 1, np.float32)
     bits, d = squares.view(np.int32), x.shape[1]
-    wider, apart = np.float32(1 + max(1e-5, 1.3e-7 * (d + 8))), np.float32(1e-6 * sqrt(d))  # twice what rounding may do to a square
+    wider, apart = np.float32(1 + max(1e-5, 1.3e-7 * (d + 8))), np.float32(1e-6 * sqrt(d))  # twice a square's rounding
     for i in range(begin, end):
         best, second, limit, one, two = _INF_BITS, _INF_BITS, _INF, 0, 0
         top, stack[0], far[0] = 0, 0, _ZERO
@@ -615,7 +615,7 @@ _SOME = 16  # values in a block
 
 @_quick
 def _outward(table, start, stop, step, out, every, column):
-    # of the values from `start` on: weight, mean − first value, Σ w(v − mean)², into three columns; the last of each `every` is kept
+    # of the values from `start` on: weight, mean − first value, Σ w(v − mean)²; the last of each `every` is kept
     mass, mean, square = 0.0, 0.0, 0.0
     for t in range(start, stop, step):
         gap, share = (table[t, 0] - table[start, 0]) - mean, table[t, 1] / (mass + table[t, 1])
@@ -627,7 +627,8 @@ def _outward(table, start, stop, step, out, every, column):
 
 @_quick
 def _sketch(values, weight):
-    # (n, 8): value, weight, what lies from the start of the block to it, from it to the end; (levels, blocks, 3): what lies from the middle of 2, 4, 8 … blocks
+    # (n, 8): value, weight, what lies from the start of its block to it, and from it to the end of its block;
+    # (levels, blocks, 3): what lies from the middle of 2, 4, 8 … blocks outward; the sums before each value
     n = len(values)
     blocks = (n + _SOME - 1) // _SOME
     table, middle = np.empty((n, 8)), np.zeros((frexp(blocks)[1], blocks, 3))
@@ -677,7 +678,7 @@ def _direct(table, i, j):
 
 
 @_quick
-def _interval(table, middle, i, j):  # of the values from i to before j: mass, one of them, mean − that one, spread c(i, j)
+def _interval(table, middle, i, j):  # of the values from i to before j: mass, one of them, mean − that one, c(i, j)
     p, q = i // _SOME, (j - 1) // _SOME
     if p == q:
         return _direct(table, i, j)
@@ -694,14 +695,16 @@ def _interval(table, middle, i, j):  # of the values from i to before j: mass, o
 
 # %% ../nbs/01_kernels.ipynb #exact-cuts
 @_strict
-def _passes(table, middle, before, left, bar, new, j):  # does joining the values from `new` to j with those to the left of it cost more than `bar`?
+def _passes(table, middle, before, left, bar, new, j):
+    # does joining the values from `new` to j with those to the left of it cost more than `bar`?
     w = before[j, 0] - before[new, 0]
     if w > 0:
         here, there = (left[1] - table[len(table) // 2, 0]) + left[2], (before[j, 1] - before[new, 1]) / w  # means
         error = 2e-15 * ((before[j, 2] + abs(there) * before[j, 0]) / w + abs(here))
         both, gap = left[0] * (w / (left[0] + w)), there - here
         cost = both * gap * gap
-        if abs(cost - bar) > 2 * both * (abs(gap) + error) * error + 4e-15 * (cost * (1 + before[j, 0] / w) + abs(bar)):
+        doubt = 2 * both * (abs(gap) + error) * error + 4e-15 * (cost * (1 + before[j, 0] / w) + abs(bar))
+        if abs(cost - bar) > doubt:
             return cost > bar
     right = _interval(table, middle, new, j)
     gap = (right[1] - left[1]) + (right[2] - left[2])
@@ -726,7 +729,8 @@ def _overtakes(table, middle, before, left, bar, new, lo):  # first j ≥ lo at 
 @_quick
 def _cuts(table, middle, before, price):  # the cheapest cuts 0 = p₀ < p₁ < … = n at this price an interval
     n = len(table)
-    best, count, back = np.zeros(n + 1), np.zeros(n + 1, np.int64), np.zeros(n + 1, np.int64)  # cost without prices, which may dwarf it; intervals; last cut
+    best = np.zeros(n + 1)  # the cost without prices, which may dwarf it
+    count, back = np.zeros(n + 1, np.int64), np.zeros(n + 1, np.int64)  # intervals, last cut
     queue, since, head, tail = np.empty(n + 1, np.int64), np.empty(n + 1, np.int64), 0, 1
     queue[0], since[0] = 0, 1
     for j in range(1, n + 1):

@@ -26,7 +26,7 @@ import torch
 # %% ../nbs/01_kmeans.ipynb #clustering
 class Clustering(NamedTuple):
     """A codebook and the code of each row: rows ≈ codebook[codes]."""
-    codebook: torch.Tensor # (k, d) float64 where the rows are, else float32; k is smaller than asked for where there are fewer distinct rows
+    codebook: torch.Tensor # (k, d) float64 where the rows are, else float32; k shrinks to the number of distinct rows
     codes: torch.Tensor # (n,) int64, the row of the codebook that is nearest to each row
     inertia: float # Σ w‖row − codebook[code]‖², from this very codebook, summed in float64
     n_iter: int # iterations of Lloyd that were made
@@ -119,7 +119,10 @@ def _space(rows, weight=None, group=None, codebook=None):  # codebook: centres t
     weight = None if weight is None else weight * heavy
     low, high = torch.stack(rows.aminmax(dim=0)).double()
     ends = _reduced(torch.stack([-low, high]), group, "MAX")  # (2, d)
-    near = lambda scale, shift: 0 if codebook is None else (codebook * scale - shift).abs().amax(1).min()  # how far the nearest centre is
+
+    def near(scale, shift):  # the largest coordinate of the nearest centre
+        return 0 if codebook is None else (codebook * scale - shift).abs().amax(1).min()
+
     scale = _power(max(ends.abs().max(), near(1.0, 0.0)))
     mean = _mean(lambda x: x * scale, rows, weight, group)  # (d,)
     spread = _mean(lambda x: (x * scale - mean[:, None]).square(), rows, weight, group)  # (d,)
@@ -179,7 +182,7 @@ def _own_folder(path):  # in a place where others may write too: what is compile
     except FileExistsError:
         found = path.lstat()
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-            raise PermissionError(f"{path} is not a folder that is this user's and closed to all others; remove it") from None
+            raise PermissionError(f"{path} is not a folder that is this user's and closed to others; remove it") from None
     return path
 
 
@@ -232,7 +235,8 @@ def _compared(rows, codebook):
 
 # %% ../nbs/01_kmeans.ipynb #assign
 def _error(name, squares, norms, d):  # of a squared distance, as a search in float32 sees it
-    u = 2.0 ** -24 if name != "torch" else {"high": 2.0**-11, "medium": 2.0**-8}.get(torch.get_float32_matmul_precision(), 2.0**-24)
+    bits = {"high": 11, "medium": 8}.get(torch.get_float32_matmul_precision(), 24) if name == "torch" else 24
+    u = 2.0**-bits
     distances = squares.sqrt()
     reach = 2 * norms + distances  # at least ‖x‖ + ‖c‖
     if name in ("tree", "keops"):
@@ -257,8 +261,10 @@ def _finder(space, codebook, name, top):  # from rows (m, d), as they came in, t
 
 # %% ../nbs/01_kmeans.ipynb #assign-best
 def _best(space, codebook, rows, proposals, codes=None):
-    # the nearest of the proposals, the first of equal ones; a row leaves the centre that it has only for one that is strictly nearer
-    candidates = proposals.sort(1).values if codes is None else torch.cat([codes[:, None], proposals.sort(1).values], 1)
+    # the nearest of the proposals, the first of equal ones; a row leaves the centre that it has only for a nearer one
+    candidates = proposals.sort(1).values
+    if codes is not None:
+        candidates = torch.cat([codes[:, None], candidates], 1)
     squares = (space.scaled(rows)[:, None] - codebook[candidates]).square().sum(-1)  # (m, c)
     least, best = squares.min(1)  # (m,)
     return candidates.gather(1, best[:, None])[:, 0], least, squares[:, -proposals.shape[1]:].amax(1)
@@ -273,7 +279,7 @@ def _assign(space, codebook, name, codes):  # codes (n,) that are at least as ne
 
 # %% ../nbs/01_kmeans.ipynb #assign-nearest
 def _nearest(space, codebook, backend, codes=None):
-    # codes (n,) of the nearest centres, their scaled squared distances (n,), and the first back end of the ladder that was sure of most rows
+    # codes (n,) of the nearest centres, their scaled squared distances (n,), and the first back end sure of most rows
     n, (k, d) = len(space.rows), codebook.shape
     nearest = torch.empty(n, dtype=torch.int64, device=codebook.device)
     squares, todo, good = torch.empty_like(nearest, dtype=torch.float64), torch.arange(n, device=codebook.device), None
@@ -282,8 +288,8 @@ def _nearest(space, codebook, backend, codes=None):
             continue
         find, unsure = _finder(space, codebook, name, 2), []
         for part in todo.split(_chunk(space.rows)):
-            rows = space.rows[part]
-            nearest[part], squares[part], farthest = _best(space, codebook, rows, find(rows), None if codes is None else codes[part])
+            rows, own = space.rows[part], None if codes is None else codes[part]
+            nearest[part], squares[part], farthest = _best(space, codebook, rows, find(rows), own)
             if name in _SEARCH and k > 2:
                 error = _error(name, farthest, space.unit(rows).square().sum(1).sqrt(), d)  # (m,)
                 unsure.append(part[~(farthest - squares[part] > 2 * error)])
@@ -301,7 +307,7 @@ def _sums(values, codes, k):  # sum of the values (m,) of each cluster, (k,) flo
 
 
 def _means(space, codes, k, around=None):
-    # (k, d) scaled, NaN for an empty cluster, and the weight of each cluster (k,); `around`: what the rows are subtracted from, near the means
+    # (k, d) scaled, NaN for an empty cluster, and the weight of each (k,); `around`: centres near the means, to start from
     total = torch.zeros(space.rows.shape[1] + 1, k, dtype=torch.float64, device=codes.device)
     for a, b in _chunks(space.rows):
         w = torch.ones(b - a, dtype=torch.float64, device=codes.device) if space.weight is None else space.weight[a:b]  # (m,)
@@ -331,10 +337,12 @@ def _first_process(has, group):  # (k,) bool: is this the first process that has
     return _reduced(torch.where(has, rank, size), group, "MIN") == rank
 
 
-def _donors(space, codebook, codes, count):  # at most `count` clusters that can give away a row, the worst-fitted first, and that row of each (k, d)
+def _donors(space, codebook, codes, count):
+    # at most `count` clusters that can give away a row, the worst-fitted first, and that row of each (k, d)
     most, row, mixed = _worst(space, codebook, codes, len(codebook))
     able = mixed & (most > 0)
-    return most.where(able, -1).argsort(descending=True, stable=True)[:min(count, int(able.sum()))], row
+    worst = most.where(able, -1).argsort(descending=True, stable=True)
+    return worst[:min(count, int(able.sum()))], row
 
 # %% ../nbs/01_kmeans.ipynb #update-fill
 def _move(space, codes, donors, row, empty):  # the worst row of each donor, and the rows equal to it, to an empty cluster
@@ -350,7 +358,7 @@ def _kept(codebook, codes, taken):  # without the centres that are not taken
 
 
 def _update(space, codes, k):
-    # scaled means of the k clusters; empty ones are filled, or dropped where every row fits; also says whether any was filled
+    # scaled means of the k clusters; empty ones are filled, or dropped where every row fits; codes; was any filled?
     means, mass = _means(space, codes, k)
     refilled = False
     while len(empty := (mass == 0).nonzero()[:, 0]):
@@ -386,7 +394,8 @@ def _lloyd_tree(space, k, start, max_iter, tol, backend):
     weight = None if space.weight is None else space.weight.numpy()
     codebook, n_iter, done = start, 0, False
     while not done:
-        codes, updates, done = lloyd(x.numpy(), weight, space.seen(codebook).double().numpy(), max_iter - n_iter, tol * space.spread)
+        start = space.seen(codebook).double().numpy()  # (k, d)
+        codes, updates, done = lloyd(x.numpy(), weight, start, max_iter - n_iter, tol * space.spread)
         codebook, codes, _ = _update(space, torch.from_numpy(codes), len(codebook) if n_iter else k)
         n_iter += updates + (not done)
         done = done or n_iter == max_iter
@@ -394,7 +403,8 @@ def _lloyd_tree(space, k, start, max_iter, tol, backend):
 
 
 def _exactly(space, x):  # are these the centred rows, without rounding?
-    return space.rows.dtype != torch.float64 or all(torch.equal(space.unit(space.rows[a:b]), x[a:b].double()) for a, b in _chunks(x))
+    same = (torch.equal(space.unit(space.rows[a:b]), x[a:b].double()) for a, b in _chunks(x))
+    return space.rows.dtype != torch.float64 or all(same)
 
 # %% ../nbs/01_kmeans.ipynb #lloyd-exact
 def _exact(space, k):
@@ -406,7 +416,8 @@ def _exact(space, k):
     return codebook, codes, 1
 
 # %% ../nbs/01_kmeans.ipynb #settle
-def _settled(space, codebook, codes, backend):  # of centres (k, d) as they are given back: those centres, and codes (n,) of the nearest
+def _settled(space, codebook, codes, backend):
+    # of centres (k, d) as they are given back: those centres, and codes (n,) of the nearest
     while True:
         codes, _, _ = _nearest(space, space.scaled(codebook), backend, codes)
         taken = _reduced(torch.bincount(codes, minlength=len(codebook)), space.group) > 0
@@ -496,7 +507,8 @@ class _View:  # of an array that may be read-only, which PyTorch warns of; nothi
         self.__array_interface__ = array.__array_interface__ | {"data": (array.__array_interface__["data"][0], False)}
 
 
-def _tensor(values, name):  # of tensors, data frames, lists, and arrays of any order of rows and bytes; copied only where it must be
+def _tensor(values, name):
+    # of tensors, data frames, lists, and arrays of any order of rows and bytes; copied only where it must be
     if isinstance(values, torch.Tensor):
         return values.detach()
     try:
@@ -504,7 +516,8 @@ def _tensor(values, name):  # of tensors, data frames, lists, and arrays of any 
         array = np.ascontiguousarray(array, array.dtype.newbyteorder("="))
         return torch.from_numpy(np.asarray(_View(array)))
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{name} of type {type(values).__name__} must be numbers that PyTorch knows: {error}") from None
+        kind = type(values).__name__
+        raise ValueError(f"{name} of type {kind} must be numbers that PyTorch knows: {error}") from None
 
 
 def _checked_rows(rows, name="rows"):
@@ -655,7 +668,8 @@ def _check_same(group, device, **arguments):
     most, least = _reduced(torch.stack([prints, -prints]), group, "MAX").tolist()
     differs = [name for name, a, b in zip(arguments, most, least) if a != -b]
     if differs:
-        raise ValueError(f"the processes of the group were given different {', '.join(differs)}, must be the same in all")
+        names = ", ".join(differs)
+        raise ValueError(f"the processes of the group were given different {names}, must be the same in all")
 
 # %% ../nbs/01_kmeans.ipynb #zero
 def _pinned(rows, pinned_zero):  # (n,) bool: the rows of smallest norm
@@ -679,7 +693,7 @@ def kmeans(
     k: int, # number of clusters, 1 ≤ k ≤ n
     *,
     init="k-means++", # "k-means++", "random", or a (k, d) codebook to start from
-    pinned_zero: float = 0.0, # share of the rows, those of smallest norm, whose centre is fixed at 0 and counts as one of the k
+    pinned_zero: float = 0.0, # share of the rows, those of smallest norm, whose centre, one of the k, is fixed at 0
     sample_weight=None, # (n,) weights greater than 0; None: all 1
     max_iter: int = 100, # at most so many iterations of Lloyd
     tol: float = 1e-4, # end when the centres' squared moves sum to tol times the rows' variance
@@ -690,26 +704,34 @@ def kmeans(
 ) -> Clustering: # with a group: the common codebook and inertia, and the codes of this process's rows
     """The k-means clustering of the rows: codebook, codes, inertia, n_iter (paper, equation 1; Lloyd, 1982).
 
-    Every code is that of the centre nearest to the row, and no centre is without rows: k shrinks where it exceeds the number of distinct rows. With `pinned_zero` = p > 0 the
-    round(p·n) rows of smallest norm have code 0 and codebook row 0 is zero (paper, section 3.3), each other row has the nearest of the other centres; row 0 of a given `init` is then ignored.
-    float64 and whole numbers are clustered as float64, with a codebook of float64; everything else in float32 at least, summed in float64. Rows may be a memory-mapped tensor: from
-    IN_MEMORY on they are read in chunks, and beside them and a workspace of 1 GiB only 56 bytes a row are held. The same seed gives the same bytes on a CPU, whatever the number of threads.
-    Raises `ValueError` for anything out of bounds, NaN or infinite, in all processes of a group if in one, and `ImportError` for a back end whose library is missing.
+    Every code is that of the centre nearest to the row, and no centre is without rows: k shrinks where it exceeds the
+    number of distinct rows. With `pinned_zero` = p > 0 the round(p·n) rows of smallest norm have code 0 and codebook
+    row 0 is zero (paper, section 3.3), each other row has the nearest of the other centres; row 0 of a given `init` is
+    then ignored. float64 and whole numbers are clustered as float64, with a codebook of float64; everything else in
+    float32 at least, summed in float64. Rows may be a memory-mapped tensor: from IN_MEMORY on they are read in chunks,
+    and beside them and a workspace of 1 GiB only some 60 bytes a row are held. The same seed gives the same bytes on a
+    CPU, whatever the number of threads.
+    Raises `ValueError` for anything out of bounds, NaN or infinite, in all processes of a group if in one, and
+    `ImportError` for a back end whose library is missing.
     """
     with _together(group, rows):
-        rows, k, max_iter, n_init = _checked_rows(rows), _whole(k, "k"), _whole(max_iter, "max_iter"), _whole(n_init, "n_init")
-        weight, init, generator = _checked_weight(sample_weight, rows), _checked_init(init, rows.shape[1], k, rows.device), _generator(seed)
+        k, max_iter, n_init = _whole(k, "k"), _whole(max_iter, "max_iter"), _whole(n_init, "n_init")
+        rows, generator = _checked_rows(rows), _generator(seed)
+        weight, init = _checked_weight(sample_weight, rows), _checked_init(init, rows.shape[1], k, rows.device)
         if group is not None and (isinstance(init, str) or pinned_zero):
-            raise ValueError(f"a group needs a codebook as init and pinned_zero=0, not init={init!r} and pinned_zero={pinned_zero}")
+            given = f"init={init!r} and pinned_zero={pinned_zero}"
+            raise ValueError(f"a group needs a codebook as init and pinned_zero=0, not {given}")
         backend = _backend(backend, rows, k, not isinstance(init, str), group is None)
     double = rows.dtype == torch.float64
-    _check_same(group, rows.device, init=init, k=k, max_iter=max_iter, tol=float(tol), n_init=n_init, sample_weight=weight is None, dtype=double)
-    _check_numbers(int(_reduced(torch.tensor(len(rows), device=rows.device), group)), k, pinned_zero, max_iter, tol, n_init)
+    _check_same(group, rows.device, init=init, k=k, max_iter=max_iter, tol=float(tol), sample_weight=weight is None, dtype=double)
+    n = int(_reduced(torch.tensor(len(rows), device=rows.device), group))
+    _check_numbers(n, k, pinned_zero, max_iter, tol, n_init)
 
     def best(x, w, k, init):
         space = _space(x, w, group, None if isinstance(init, str) else init)
         tries = n_init if isinstance(init, str) and backend != "exact" else 1
-        found = min((_fit(space, k, init, max_iter, tol, backend, generator) for _ in range(tries)), key=lambda c: c.inertia)
+        found = (_fit(space, k, init, max_iter, tol, backend, generator) for _ in range(tries))
+        found = min(found, key=lambda clustering: clustering.inertia)
         return found._replace(inertia=space.plain(found.inertia))
 
     if not round(pinned_zero * len(rows)):
@@ -720,7 +742,8 @@ def kmeans(
         rest = best(rows[~pinned], None if weight is None else weight[~pinned], min(k - 1, others),
                     init if isinstance(init, str) else init[1:][:others])
     else:
-        rest = Clustering(rows[:0] if double else rows[:0].float(), torch.zeros(0, dtype=torch.int64, device=rows.device), 0.0, 0)
+        none = torch.zeros(0, dtype=torch.int64, device=rows.device)
+        rest = Clustering(rows[:0] if double else rows[:0].float(), none, 0.0, 0)
     return _with_zero(rest, rows, weight, pinned)
 
 # %% ../nbs/01_kmeans.ipynb #encode
@@ -787,7 +810,7 @@ def _fitted_weight(weight, rows):  # (n,) float64, zeros allowed
 
 
 def _counted(rows, weight, least):
-    # numbers of the rows that count, in lexicographic order, and their weights; equal rows are one, unless fewer than `least` would be left
+    # numbers of the rows that count, in lexicographic order, and their weights; equal rows are one, if `least` are left
     order = torch.from_numpy(np.lexsort(rows.double().cpu().numpy().T[::-1])).to(rows.device)
     order = order[weight[order] > 0]
     new = torch.ones_like(order, dtype=torch.bool)
@@ -828,7 +851,8 @@ class KMeans(_Parameters):
         weight = _fitted_weight(sample_weight, rows)
         if (weight > 0).sum() < self.n_clusters:
             raise ValueError(f"n_samples={int((weight > 0).sum())} should be >= n_clusters={self.n_clusters}")
-        used, mass = _counted(rows, weight, len(rows) + 1 if self.pinned_zero else self.n_clusters)  # (number of rows that count,)
+        least = len(rows) + 1 if self.pinned_zero else self.n_clusters
+        used, mass = _counted(rows, weight, least)  # (number of rows that count,)
         options = {name: value for name, value in self.get_params().items() if name != "n_clusters"}
         found = kmeans(rows[used], self.n_clusters, sample_weight=None if (mass == 1).all() else mass, **options)
         labels, squares = encode(rows, found.codebook)  # (n,)
@@ -863,7 +887,8 @@ class KMeans(_Parameters):
         """The distance of each row to each centre."""
         rows, codebook = self._fitted(X)
         space = _space(rows, codebook=codebook.double())
-        apart = torch.cdist(space.scaled(rows), space.scaled(codebook), compute_mode="donot_use_mm_for_euclid_dist") / space.scale
+        direct = "donot_use_mm_for_euclid_dist"
+        apart = torch.cdist(space.scaled(rows), space.scaled(codebook), compute_mode=direct) / space.scale  # (n, k)
         if isinstance(X, torch.Tensor):
             return apart.to(rows.dtype)
         from sklearn.utils._set_output import _wrap_data_with_container
