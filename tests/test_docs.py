@@ -82,7 +82,7 @@ def test_api_documents_every_public_name(root, site, pages):
         path = site / "api" / f"{module.removeprefix('deepkmeans.')}.html"
         assert f"{module}.{name}" in pages[path].ids, name
     text = re.sub(r"<[^>]+>", "", (site / "api" / "sharing.html").read_text())
-    for said in ("share(model, plan, *, init=None, seed=0, backend='auto', progress=False)", "clusters in every layer, or one number for each planned layer in order",
+    for said in ("share(model, plan, *, codes=None, seed=0, backend='auto', progress=False)", "clusters in every layer, or one number for each planned layer in order",
                  "Raises ValueError for unknown, already shared or tied layers", "source"):
         assert said in text, said
     assert "../nbs/02_sharing.html#sharing-share" in pages[site / "api" / "sharing.html"].links

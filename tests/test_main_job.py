@@ -32,7 +32,7 @@ def test_record_says_what_was_done(two_runs):
     assert list(record["stages"]) == ["baseline", "finetuned", "retrained", "shared", "wr"]
     assert record["dataset"]["name"] == "digits" and record["environment"]["versions"]["torch"]
     assert {p.name for p in folder.iterdir()} >= {"model.safetensors", "stages.png", "rows.png", "history.png", "filters.png"}
-    assert record["history"]["retrain"][-1]["distortion"] < 1e-12, "the ramp must end hard"
+    assert record["stages"]["shared"]["top1"] >= record["stages"]["wr"]["top1"] and record["history"]["retrain"][0]["moved"] > 0
 
 
 def test_a_k_above_the_distinct_rows_is_capped_and_told(two_runs):
@@ -121,7 +121,7 @@ from deepkmeans import Regularizer, build, load, loaders, make_plan, train
 from safetensors.torch import save_file
 data = load("digits")
 net = build("wide_resnet", in_channels=1, depth=10, widen=1, seed=3)  # has dropout and batch normalisation
-regularizer = Regularizer(net, make_plan(net, k=4), strength="ramp")
+regularizer = Regularizer(net, make_plan(net, k=4))
 train(net, loaders(data, 256)[0], epochs=6, lr=0.02, regularizer=regularizer, checkpoint=sys.argv[1], progress=False)
 save_file({k: v.contiguous() for k, v in net.state_dict().items()}, sys.argv[2])
 """
