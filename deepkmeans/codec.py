@@ -89,7 +89,7 @@ def pack_codes(
     codes, # (n,) integers in 0 … k - 1
     k, # number of clusters
 ) -> tuple: # histogram (k,) uint8 or empty, words uint32
-    """The codes, entropy-coded under their histogram; under equal frequencies, with an empty histogram, where that is shorter.
+    """The codes, entropy-coded under their histogram; under equal frequencies, without a histogram, where that is shorter.
 
     Raises `ValueError` when k is above `MAX_K` = 2²².
     """
@@ -97,37 +97,13 @@ def pack_codes(
         raise ValueError(f"k={k} must be at most {MAX_K}")
     codes = np.asarray(codes, np.int32)  # (n,)
     counts = np.bincount(codes, minlength=k)  # (k,)
-    histogram = min((np.empty(0, np.uint8), histogram_bytes(counts)), key=lambda h: 8 * len(h) + _bits(counts, h, k))
+    size = lambda histogram: 8 * len(histogram) + _bits(counts, histogram, k)
+    histogram = min((np.empty(0, np.uint8), histogram_bytes(counts)), key=size)
     used, f = _table(histogram, k)
     coder = stream.stack.AnsCoder()
     if len(used) > 1:
         coder.encode_reverse(np.searchsorted(used, codes).astype(np.int32), _distribution(f))
     return histogram, coder.get_compressed()
-
-
-def unpack_codes(
-    histogram, # (k,) uint8 or empty
-    words, # uint32
-    n, # number of codes
-    k, # number of clusters
-) -> np.ndarray: # (n,) int32
-    """The codes that were packed. Raises `CompressedFileError` when the words are no n codes, `MemoryError` when these do not fit."""
-    _need(not len(histogram) or histogram.any(), "a histogram has no used cluster")
-    used, f = _table(histogram, k)
-    codes = np.empty(n, np.int32)  # (n,) memory that is missing is noticed here; inside the coder it would end the process
-    if len(used) == 1:
-        _need(len(words) == 0, "codes of a single cluster need no words")
-        codes.fill(used[0])
-        return codes
-    _need(len(words) == 0 or words[-1], "the last word of the codes is zero")
-    coder, distribution, used = stream.stack.AnsCoder(np.ascontiguousarray(words)), _distribution(f), used.astype(np.int32)
-    for at in range(0, n, STEP):
-        codes[at:at + STEP] = used[coder.decode(distribution, min(STEP, n - at))]
-    _need(coder.is_empty(), f"the words hold other than {n} codes")
-    return codes
-
-
-STEP = 2**16  # codes that are decoded at a time
 
 
 def _table(histogram, k):
@@ -142,12 +118,40 @@ def _bits(counts, histogram, k):
     used, f = _table(histogram, k)
     return float(np.sum(counts[used] * (PRECISION - np.log2(f))))
 
+# %% ../nbs/06_codec.ipynb #decoder
+STEP = 2**16  # codes that are decoded at a time
+
+
+def unpack_codes(
+    histogram, # (k,) uint8 or empty
+    words, # uint32
+    n, # number of codes
+    k, # number of clusters
+) -> np.ndarray: # (n,) int32
+    """The codes that were packed. Raises `CompressedFileError` when the words are no n codes, `MemoryError` when these do not fit.
+
+    The coder works in small steps: where it finds no memory, it ends the process.
+    """
+    _need(not len(histogram) or histogram.any(), "a histogram has no used cluster")
+    used, f = _table(histogram, k)
+    codes = np.full(n, used[0], np.int32)  # (n,)
+    if len(used) == 1:
+        _need(len(words) == 0, "codes of a single cluster need no words")
+        return codes
+    _need(len(words) == 0 or words[-1], "the last word of the codes is zero")
+    coder, distribution = stream.stack.AnsCoder(np.ascontiguousarray(words)), _distribution(f)
+    for at in range(0, n, STEP):
+        codes[at:at + STEP] = used[coder.decode(distribution, min(STEP, n - at))]
+    _need(coder.is_empty(), f"the words hold other than {n} codes")
+    return codes
+
 # %% ../nbs/06_codec.ipynb #dtypes
-DTYPES = {"F64": torch.float64, "I64": torch.int64, "F32": torch.float32, "I32": torch.int32, "U32": torch.uint32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+DTYPES = {"F64": torch.float64, "I64": torch.int64, "F32": torch.float32, "I32": torch.int32, "U32": torch.uint32,
+          "F16": torch.float16, "BF16": torch.bfloat16, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FLOATS = ("F64", "F32", "F16", "BF16")
-ARRAYS = {"histograms": "U8", "codes": "U32", "checksums": "U32"} | {f"tensors.{t}": t for t in DTYPES} | {f"codebooks.{t}": t for t in FLOATS}
+ARRAYS = {"histograms": "U8", "codes": "U32", "checksums": "U32"}
+ARRAYS |= {f"tensors.{t}": t for t in DTYPES} | {f"codebooks.{t}": t for t in FLOATS}
 
 
 def _array_dtype(name):
@@ -161,7 +165,9 @@ def _to_bytes(tensor):
 
 def _from_bytes(data, dtype, shape): # uint8 array, a key of DTYPES → tensor
     _need(dtype != "BOOL" or data.max(initial=0) <= 1, "a tensor of truth values holds others than 0 and 1")
-    return torch.from_numpy(data.copy()).view(DTYPES[dtype]).reshape(shape) if len(data) else torch.empty(shape, dtype=DTYPES[dtype])
+    if not len(data):
+        return torch.empty(shape, dtype=DTYPES[dtype])
+    return torch.from_numpy(data.copy()).view(DTYPES[dtype]).reshape(shape)
 
 # %% ../nbs/06_codec.ipynb #container
 MAX_HEADER = 2**20  # bytes
@@ -178,7 +184,7 @@ def _container(arrays, metadata): # {name: bytes}, {str: str} → bytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER:
-        raise ValueError(f"the names and shapes of the network take {len(text):,} bytes, of which a file holds at most {MAX_HEADER:,}")
+        raise ValueError(f"names and shapes of the network take {len(text):,} bytes, of which a file holds at most {MAX_HEADER:,}")
     head = len(text).to_bytes(8, "little") + text
     parts = {name: arrays.get(name, b"") for name in header if name != "__metadata__"}
     sums = [zlib.crc32(head)] + [zlib.crc32(data) for name, data in parts.items() if name != "checksums"]
@@ -191,24 +197,33 @@ VERSION = "1"
 
 def _open_container(data): # uint8 array → metadata, {name: uint8 array}
     length = int.from_bytes(data[:8].tobytes(), "little") if len(data) > 8 else 0
-    _need(2 <= length <= min(len(data) - 8, MAX_HEADER), f"no compressed file, or a part of one: a header of {length:,} bytes does not fit a file of {len(data):,} bytes")
+    _need(2 <= length <= min(len(data) - 8, MAX_HEADER),
+          f"no compressed file, or a part of one: a header of {length:,} bytes does not fit a file of {len(data):,} bytes")
     head, body = data[:8 + length], data[8 + length:]
     header = _json(head[8:].tobytes(), dict)
-    metadata, arrays, at = header.pop("__metadata__", None), {}, 0
+    metadata = header.pop("__metadata__", None)
     _need(isinstance(metadata, dict) and metadata.get("format") == "deepkmeans", "this is no deepkmeans file")
-    _need(metadata.get("version") == VERSION, f"version {_shown(metadata.get('version'))} of the format is not known; this reader knows {VERSION!r}")
-    for name, entry in header.items():
-        size = DTYPES[_array_dtype(name)].itemsize
-        count = entry.get("shape", [None])[0] if isinstance(entry, dict) and isinstance(entry.get("shape"), list) and entry["shape"] else None
-        _need(_is_count(count) and entry == {"dtype": _array_dtype(name), "shape": [count], "data_offsets": [at, at + size * count]},
-              f"array {name!r} does not follow the one before it")
-        arrays[name], at = body[at:at + size * count], at + size * count
-    _need(at == len(body), f"the header speaks of {at} bytes of arrays, but {len(body)} follow it")
+    version = metadata.get("version")
+    _need(version == VERSION, f"version {_shown(version)} of the format is not known; this reader knows {VERSION!r}")
+    arrays = _arrays(header, body)
     sums = arrays.pop("checksums", np.empty(0, np.uint8))
     _need(len(sums) == 4 * (len(arrays) + 1), "the list of checksums has a wrong length")
     for name, part, wanted in zip(("header", *arrays), (head, *arrays.values()), sums.copy().view("<u4").tolist()):
         _need(zlib.crc32(part) == wanted, f"{name} does not match its checksum")
     return metadata, arrays
+
+
+def _arrays(header, body): # → {name: uint8 array}, one after the other and nothing else
+    arrays, at = {}, 0
+    for name, entry in header.items():
+        dtype = _array_dtype(name)
+        shape = entry.get("shape") if isinstance(entry, dict) else None
+        _need(_is_shape(shape) and len(shape) == 1, f"array {name!r} has no valid shape")
+        end = at + shape[0] * DTYPES[dtype].itemsize
+        _need(entry == {"dtype": dtype, "shape": shape, "data_offsets": [at, end]}, f"array {name!r} does not follow the one before it")
+        arrays[name], at = body[at:end], end
+    _need(at == len(body), f"the header speaks of {at} bytes of arrays, but {len(body)} follow it")
+    return arrays
 
 # %% ../nbs/06_codec.ipynb #json
 def _json(text, kind): # bytes or str → a value of that type, or CompressedFileError
@@ -272,17 +287,18 @@ class StoredLayer(NamedTuple):
 def _stored_layer(line): # a line of the table → StoredLayer, checked by itself
     _need(isinstance(line, list) and len(line) == len(StoredLayer._fields), "a line of the table of layers has a wrong length")
     layer = StoredLayer(*line)
-    _need(_is_name(layer.name) and _is_shape(layer.shape, 1) and len(layer.shape) > 1, f"layer {_shown(layer.name)} has no valid name or shape")
-    _need(all(isinstance(text, str) for text in (layer.layout, layer.dtype, layer.stored))
-          and layer.layout in LAYOUTS and layer.dtype in FLOATS and layer.stored in FLOATS, f"layer {layer.name!r} has an unknown layout or type")
-    _need(all(_is_count(v) for v in (layer.n, layer.k, layer.pinned, layer.histogram, layer.words)) and max(layer.pinned, layer.histogram) <= 1
-          and 1 <= layer.k <= MAX_K and layer.n * row_length(layer.shape, layer.layout) == prod(layer.shape),
-          f"layer {layer.name!r} has numbers that do not fit its shape")
+    _need(_is_name(layer.name), f"layer {_shown(layer.name)} has no valid name")
+    _need(_is_shape(layer.shape, 1) and len(layer.shape) > 1, f"layer {layer.name!r} has no valid shape")
+    _need(layer.layout in LAYOUTS and layer.dtype in FLOATS and layer.stored in FLOATS, f"layer {layer.name!r} has an unknown layout or type")
+    numbers = layer.n, layer.k, layer.pinned, layer.histogram, layer.words
+    _need(all(map(_is_count, numbers)) and max(layer.pinned, layer.histogram) <= 1 and 1 <= layer.k <= MAX_K
+          and layer.n * row_length(layer.shape, layer.layout) == prod(layer.shape), f"layer {layer.name!r} has numbers that do not fit its shape")
     return layer
 
 
 def _is_shape(shape, least=0):
-    return isinstance(shape, list) and len(shape) <= 8 and all(_is_count(s, least) for s in shape) and prod(max(s, 1) for s in shape) < 2**40
+    fits = isinstance(shape, list) and len(shape) <= 8 and all(_is_count(s, least) for s in shape)
+    return fits and prod(max(s, 1) for s in shape) < 2**40
 
 # %% ../nbs/06_codec.ipynb #table-class
 MAX_NAMES = 2**14  # tensors, shared layers and ties of one file
@@ -306,16 +322,18 @@ def _join(layer, name):
 
 # %% ../nbs/06_codec.ipynb #read-tables
 def _tables(metadata): # → Tables, checked by themselves
-    header = {name: _json(metadata[name], kind) for name, kind in (("layers", list), ("tensors", dict), ("ties", dict), ("architecture", dict)) if name in metadata}
-    lines, ties, architecture = header.get("layers", [list(StoredLayer._fields)]), header.get("ties", {}), header.get("architecture")
-    _need(lines[:1] == [list(StoredLayer._fields)], "the table of layers has unknown columns")
-    _need(architecture is None or _is_architecture(architecture), f"the architecture in the file, {_shown(architecture)}, is none")
-    layers = [_stored_layer(line) for line in lines[1:]]
-    tensors = list(_tensor_lines(header.get("tensors", {})))
-    _need(len(layers) + len(tensors) + len(ties) <= MAX_NAMES, f"{len(layers) + len(tensors) + len(ties):,} names, of which a file has at most {MAX_NAMES:,}")
+    read = lambda name, kind, missing: _json(metadata[name], kind) if name in metadata else missing
+    columns, *lines = read("layers", list, []) or [list(StoredLayer._fields)]
+    _need(columns == list(StoredLayer._fields), "the table of layers has unknown columns")
+    layers, tensors = [_stored_layer(line) for line in lines], list(_tensor_lines(read("tensors", dict, {})))
+    ties, architecture = read("ties", dict, {}), read("architecture", dict, None)
+    count = len(layers) + len(tensors) + len(ties)
+    _need(count <= MAX_NAMES, f"{count:,} names, of which a file has at most {MAX_NAMES:,}")
     names = {_join(layer.name, "weight") for layer in layers} | {name for name, _ in tensors}
     _need(len(names) == len(layers) + len(tensors), "a name stands twice in the tables")
-    _need(all(_is_name(name) and name not in names and isinstance(owner, str) and owner in names for name, owner in ties.items()), "the table of ties names what is not there")
+    _need(all(_is_name(name) and name not in names for name in ties), "the table of ties has a name that is none or stands elsewhere")
+    _need(all(isinstance(owner, str) and owner in names for owner in ties.values()), "the table of ties names what is not there")
+    _need(architecture is None or _is_architecture(architecture), f"the architecture in the file, {_shown(architecture)}, is none")
     return Tables(layers, dict(tensors), ties, architecture)
 
 
@@ -323,14 +341,18 @@ def _tensor_lines(table): # yields (name, (type, shape))
     for dtype, lines in table.items():
         _need(dtype in DTYPES and isinstance(lines, list), "the table of tensors has an unknown type")
         for line in lines:
-            _need(isinstance(line, list) and len(line) == 2 and _is_name(line[0]) and _is_shape(line[1]), "a line of the table of tensors is not [name, shape]")
+            _need(isinstance(line, list) and len(line) == 2, "a line of the table of tensors is not [name, shape]")
+            _need(_is_name(line[0]) and _is_shape(line[1]), f"tensor {_shown(line[0])} has no valid name or shape")
             yield line[0], (dtype, line[1])
 
 
 def _is_architecture(value): # a name, and options that are plain numbers
-    numbers = [v for key, v in value.items() if key != "name"] if isinstance(value, dict) else []
-    plain = all(type(v) is bool or (type(v) is float and isfinite(v)) or (type(v) is int and 0 <= v < 2**31) for v in numbers)
-    return isinstance(value, dict) and _is_name(value.get("name")) and all(map(_is_name, value)) and "seed" not in value and plain
+    options = {key: v for key, v in value.items() if key != "name"} if isinstance(value, dict) else {"seed": value}
+    return "seed" not in options and _is_name(value.get("name")) and all(_is_name(key) and _is_number(v) for key, v in options.items())
+
+
+def _is_number(value):
+    return type(value) is bool or (type(value) is float and isfinite(value)) or (_is_count(value) and value < 2**31)
 
 # %% ../nbs/06_codec.ipynb #bound
 MAX_DENSE, MAX_RATIO = 2**23, 1024
@@ -342,13 +364,15 @@ def decoded_bytes(
 ) -> int:
     """What the network takes in memory once it is read: its dense tensors, under all of their names, and the codes."""
     kinds, _ = tables.outline()
-    return sum(prod(shape) * dtype.itemsize for shape, dtype in kinds.values()) + sum(4 * layer.n for layer in tables.layers)
+    dense = sum(prod(shape) * dtype.itemsize for shape, dtype in kinds.values())
+    return dense + sum(4 * layer.n for layer in tables.layers)
 
 
 def _check_size(tables, stored, error=CompressedFileError, max_bytes=inf):
     size = decoded_bytes(tables)
     if size > max(MAX_DENSE, MAX_RATIO * stored):
-        raise error(f"{size:,} bytes of weights and codes from {stored:,} bytes of file: at most {MAX_RATIO} times as much, or {MAX_DENSE:,} bytes, are allowed")
+        raise error(f"{size:,} bytes of weights and codes from {stored:,} bytes of file: "
+                    f"at most {MAX_RATIO} times as much, or {MAX_DENSE:,} bytes, are allowed")
     if size > max_bytes:
         raise error(f"{size:,} bytes of weights and codes are more than max_bytes={max_bytes:,}")
 
@@ -390,10 +414,11 @@ def _store_layer(name, module, dtype, arrays): # appends to the arrays; → Stor
     arrays[f"codebooks.{stored}"] += _to_bytes(codebook[pinned:])
     arrays["histograms"] += histogram.tobytes()
     arrays["codes"] += words.astype("<u4").tobytes()
-    return StoredLayer(name, list(weight.shape), weight.layout, len(weight.codes), k, pinned, DTYPE_NAMES[own.dtype], stored, int(len(histogram) > 0), len(words))
+    return StoredLayer(name, list(weight.shape), weight.layout, len(weight.codes), k, pinned,
+                       DTYPE_NAMES[own.dtype], stored, int(len(histogram) > 0), len(words))
 
 
-def _rounded(codebook, dtype, name): # to a type whose range the codebook fits: no error above that of rounding its largest number
+def _rounded(codebook, dtype, name): # with no error above that of rounding the largest number, as in the range of the type
     rounded = codebook.to(dtype)
     if not torch.isfinite(rounded).all():
         raise ValueError(f"the codebook of layer {name!r} is not finite in {dtype}")
@@ -427,7 +452,8 @@ def file_bytes(
     _check_names(kinds)
     for name in [name for name in state if name not in ties]:
         if isinstance(state[name], nn.Module):
-            layers.append(_store_layer(name.removesuffix("weight").removesuffix("."), state[name], CODEBOOK_DTYPES[codebook_dtype], arrays))
+            layer = name.removesuffix("weight").removesuffix(".")
+            layers.append(_store_layer(layer, state[name], CODEBOOK_DTYPES[codebook_dtype], arrays))
         else:
             tensors[name] = _store_tensor(name, state[name], arrays)
     tables = Tables(layers, tensors, ties, _architecture(model, architecture, kinds, ties))
@@ -447,17 +473,18 @@ def _metadata(tables): # → {str: str}
     by_type = defaultdict(list)
     for name, (dtype, shape) in tables.tensors.items():
         by_type[dtype].append([name, shape])
-    parts = {"layers": [StoredLayer._fields, *tables.layers], "tensors": by_type, "ties": tables.ties, "architecture": tables.architecture}
+    parts = tables._replace(layers=[StoredLayer._fields, *tables.layers], tensors=by_type)._asdict()
     compact = lambda value: json.dumps(value, separators=(",", ":"), ensure_ascii=False)
     return {"format": "deepkmeans", "version": VERSION} | {name: compact(part) for name, part in parts.items() if part}
 
 # %% ../nbs/06_codec.ipynb #blank
 class _TrueNumbers(TorchFunctionMode): # on the meta device there are no values to compute with
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        return function(*args, **(kwargs or {}) | ({"device": "cpu"} if function in (torch.arange, torch.tensor) else {}))
+        on_cpu = {"device": "cpu"} if function in (torch.arange, torch.tensor) else {}
+        return function(*args, **(kwargs or {}) | on_cpu)
 
 
-def _blank(architecture, kinds): # the network of that name without memory, in the floating type that its first parameter has in the outline
+def _blank(architecture, kinds): # the network of that name without memory, in the floating type of the outline's first parameter
     with _TrueNumbers(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what torchvision will do with weights that are not made here
         model = build(**architecture, seed=None)
@@ -475,7 +502,8 @@ def _architecture(model, given, *outline): # what `build` makes this network fro
     if problem and given:
         raise ValueError(f"architecture={given} is not this network: {problem}")
     if problem:
-        warnings.warn(f"the network is no longer what build({named.get('name')!r}) makes: {problem}; the file will not name it and load_compressed needs its argument model")
+        warnings.warn(f"the network is no longer what build({named.get('name')!r}) makes: {problem}; "
+                      "the file will not name it and load_compressed needs its argument model")
     return None if problem else named
 
 
@@ -498,8 +526,9 @@ def save_compressed(
 ) -> int: # bytes written
     """Write the network to a compressed file.
 
-    Raises `ValueError` for a tensor that a file cannot hold, for codebooks that `codebook_dtype` cannot hold, for an `architecture` that is another network and for a `path` where no file
-    can stand; `OSError` when it cannot be written; an old file is then still there. Warns when the network was changed so that the file cannot name its architecture.
+    Raises `ValueError` for a tensor that a file cannot hold, for codebooks that `codebook_dtype` cannot hold, for an `architecture`
+    that is another network and for a `path` where no file can stand; `OSError` when it cannot be written; an old file is then still
+    there. Warns when the network was changed so that the file cannot name its architecture.
     """
     place_for_file(path)
     data = file_bytes(model, codebook_dtype=codebook_dtype, architecture=architecture)
@@ -511,13 +540,16 @@ def place_for_file(
     path, # a file that is to be written
     *inputs, # files that it must not replace
 ) -> Path: # where it will lie, links followed
-    """Where a file can be written whole. Raises `ValueError` for a missing folder, for what is there and is no regular file, and for one of the inputs."""
+    """Where a file can be written whole.
+
+    Raises `ValueError` for a missing folder, for what is there and is no regular file, and for one of the inputs.
+    """
     place = Path(path).resolve()
     if not place.parent.is_dir():
         raise ValueError(f"path={str(path)!r} is in a folder that does not exist")
     if place.exists() and not place.is_file():
         raise ValueError(f"path={str(path)!r} is there already and is no regular file")
-    if any(place.exists() and place.samefile(other) for other in inputs if Path(other).exists()):
+    if any(place.exists() and Path(other).exists() and place.samefile(other) for other in inputs):
         raise ValueError(f"path={str(path)!r} is the file that is read; it would be lost")
     return place
 
@@ -562,7 +594,8 @@ def _read(source, max_bytes): # path or bytes → Content
     path = Path(source)
     _need(path.is_file(), f"path={str(path)!r} is no file")
     try:
-        _need(path.stat().st_size <= max_bytes, f"{path.stat().st_size:,} bytes are more than max_bytes={max_bytes:,}")
+        size = path.stat().st_size
+        _need(size <= max_bytes, f"{size:,} bytes are more than max_bytes={max_bytes:,}")
         return _content(np.fromfile(path, np.uint8), max_bytes)
     except CompressedFileError as error:
         raise CompressedFileError(f"{path.name}: {error}") from None
@@ -574,7 +607,7 @@ def _content(data, max_bytes):
     _check_size(tables, len(data), max_bytes=max_bytes)
     take = _taker(arrays)
     parts = {layer.name: _take_layer(layer, take) for layer in tables.layers}
-    tensors = {name: _from_bytes(take(f"tensors.{dtype}", prod(shape) * DTYPES[dtype].itemsize), dtype, shape) for name, (dtype, shape) in tables.tensors.items()}
+    tensors = {name: _take_tensor(*kind, take) for name, kind in tables.tensors.items()}
     _need(not any(map(len, arrays.values())), "there are bytes that no table speaks of")
     return Content(tables, parts, tensors, len(data))
 
@@ -589,10 +622,15 @@ def _taker(arrays): # → take(name, number of bytes), which cuts the next bytes
 
 
 def _take_layer(layer, take): # → codebook (k, d), histogram, words
-    rows = _from_bytes(take(f"codebooks.{layer.stored}", layer.codebook_bytes), layer.stored, (layer.k - layer.pinned, layer.d))
+    stored = take(f"codebooks.{layer.stored}", layer.codebook_bytes)
+    rows = _from_bytes(stored, layer.stored, (layer.k - layer.pinned, layer.d))
     codebook = torch.cat([rows.new_zeros(layer.pinned, layer.d), rows]).to(DTYPES[layer.dtype])  # (k, d)
     _need(torch.isfinite(codebook).all(), f"the codebook of layer {layer.name!r} is not finite")
     return codebook, take("histograms", layer.histogram * layer.k), take("codes", 4 * layer.words).copy().view("<u4")
+
+
+def _take_tensor(dtype, shape, take):
+    return _from_bytes(take(f"tensors.{dtype}", prod(shape) * DTYPES[dtype].itemsize), dtype, shape)
 
 # %% ../nbs/06_codec.ipynb #load
 def load_compressed(
@@ -603,7 +641,8 @@ def load_compressed(
 ) -> nn.Module: # the network, its layers shared as they were; in eval mode where it was built here
     """Read a network from a compressed file; it computes what the saved one did, bit for bit.
 
-    Raises `CompressedFileError` when the file is damaged, larger than `max_bytes` once it is read, or does not fit the network in names, shapes and types; the network is then unchanged.
+    Raises `CompressedFileError` when the file is damaged, larger than `max_bytes` once it is read, or does not fit the network in
+    names, shapes and types; the network is then unchanged.
     """
     content = _read(path, max_bytes)
     target = _skeleton(content) if model is None else model
@@ -616,18 +655,18 @@ def load_compressed(
 
 
 def _install(model, content, codes, assign):
-    state, versions = dict(content.tensors), model.state_dict()._metadata
+    state = OrderedDict(content.tensors)
+    state._metadata = model.state_dict()._metadata  # the tensors fit this network, so no module has to translate older ones
     for layer in content.tables.layers:
         module = model.get_submodule(layer.name)
-        codebook = content.parts[layer.name][0].to(module.weight.device)
-        shared = SharedWeight(codes[layer.name], layer.k, layer.shape, layer.layout, bool(layer.pinned)).to(codebook.device)
-        shared.right_inverse = lambda weight, codebook=codebook: codebook  # known already: no need to average the weight
+        codebook = content.parts[layer.name][0]
+        shared = SharedWeight(codes[layer.name], layer.k, layer.shape, layer.layout, bool(layer.pinned)).to(module.weight.device)
+        known = codebook.to(module.weight.device)
+        shared.right_inverse = lambda weight, known=known: known  # no need to average the weight
         parametrize.register_parametrization(module, "weight", shared, unsafe=True)
         del shared.right_inverse
-        state[_join(layer.name, "parametrizations.weight.original")] = content.parts[layer.name][0]
-    state |= {name: state[owner] for name, owner in content.tables.ties.items() if owner in state}
-    state = OrderedDict(state)
-    state._metadata = versions  # names, shapes and types are those of this network, so no module needs to translate older ones
+        state[_join(layer.name, "parametrizations.weight.original")] = codebook
+    state.update({name: state[owner] for name, owner in content.tables.ties.items() if owner in state})
     model.load_state_dict(state, strict=False, assign=assign)  # _check_fit saw that nothing else is missing
 
 # %% ../nbs/06_codec.ipynb #fit
@@ -650,7 +689,8 @@ def _skeleton(content): # the network that the file names, without memory
         model = _blank(given, kinds)
     except Exception as error:  # whatever a builder of any library makes of numbers that it was not made for
         raise CompressedFileError(f"the architecture in the file, {_shown(given)}, cannot be built: {_shown(str(error))}") from None
-    _need(model.state_dict().keys() >= dict(model.named_buffers()).keys(), "the network has buffers that no file holds; pass it as model")
+    held = model.state_dict().keys() >= dict(model.named_buffers()).keys()
+    _need(held, "the network has buffers that no file holds; pass it as model")
     return model
 
 # %% ../nbs/06_codec.ipynb #decompress
@@ -664,7 +704,8 @@ def decompress(
     state = dict(content.tensors)
     for layer in content.tables.layers:
         codebook = content.parts[layer.name][0]
-        state[_join(layer.name, "weight")] = from_rows(codebook.index_select(0, content.codes(layer)), layer.shape, layer.layout)
+        rows = codebook.index_select(0, content.codes(layer))  # (n, d)
+        state[_join(layer.name, "weight")] = from_rows(rows, layer.shape, layer.layout)
     return state | {name: state[owner] for name, owner in content.tables.ties.items()}
 
 # %% ../nbs/06_codec.ipynb #inspect

@@ -1,4 +1,4 @@
-"""Attacks on the reader of compressed files. `python tests/fuzz_codec.py 100000 figures/codec_fuzz.json` makes so many and writes what became of them."""
+"""Attacks on the reader of compressed files. `python tests/fuzz_codec.py 1000000 figures/codec_fuzz.json` makes so many and writes what became of them."""
 import json
 import random
 import resource
@@ -20,7 +20,8 @@ from deepkmeans.sharing import shared_layers
 
 MIB, SECONDS = 64, 1.0
 NASTY = [0, 1, -1, 2, 3, 7, 255, 2**16, 2**24, 2**31 - 1, 2**31, 2**32, 2**40, 2**63, 2**64, 10**30, -2**63, 0.5, 1e308, float("nan"), True, None, "", "F64", "F16", "U8",
-         "BOOL", "row", "kernel", "conv1", "alexnet", "googlenet", "wide_resnet", "torchvision:vit_h_14", "__metadata__", "checksums", [], [[]], {}, [0], [2**40, 2**40], [1] * 9]
+         "BOOL", "row", "kernel", "conv1", "alexnet", "googlenet", "wide_resnet", "torchvision:vit_h_14", "torchvision:regnet_y_128gf", "__metadata__", "checksums", "tensors.F32",
+         10**4299, -10**4299, float("inf"), "\ud800", "\x1b[2J\x1b[31mred", "a\nb\r\0", "\u202etxt", "x" * 70_000, {"name": []}, [], [[]], {}, [0], [2**40, 2**40], [1] * 9]
 
 
 def tied(): # a network with two names for one layer, a pinned and a float16 codebook and an integer buffer
@@ -124,13 +125,66 @@ def content(data, rng): # other bytes in the arrays, sealed
     return joined(header, flip(body, rng))
 
 
-DAMAGE, FORGERY = (flip, cut, splice, length), (field, swap, offsets, content)
+def fill(data, rng): # an array of zeros, of NaN, of the largest histograms, sealed
+    header, body = split(data)
+    a, b = header[rng.choice([name for name in header if name != "__metadata__"])]["data_offsets"]
+    return joined(header, body[:a] + bytes([rng.choice([0, 1, 127, 128, 254, 255])]) * (b - a) + body[b:])
 
 
-def read(path, model): # everything that a reader can do
-    load_compressed(path, model)
-    inspect(path)
-    decompress(path)
+def retype(data, rng): # tensors or centres of another type: as many bytes, so that only who knows the network can tell
+    header, body = split(data)
+    tables, size = header["__metadata__"], dict(F64=8, I64=8, F32=4, I32=4, U32=4, F16=2, BF16=2, I16=2, I8=1, U8=1, BOOL=1)
+    old = rng.choice([name for name in header if "." in name])
+    kind, _, was = old.partition(".")
+    now = rng.choice(list(size))
+    entry = header[old] | {"dtype": now}
+    entry["shape"] = [(entry["data_offsets"][1] - entry["data_offsets"][0]) // size[now]]
+    header = {f"{kind}.{now}" if name == old else name: entry if name == old else value for name, value in header.items()}
+    if kind == "tensors":
+        tables["tensors"] = {now if name == was else name: value for name, value in tables["tensors"].items()}
+    else:
+        tables["layers"][1:] = [[*line[:6], rng.choice([now, line[6]]), now if line[7] == was else line[7], *line[8:]] for line in tables["layers"][1:]]
+    return joined(header, body)
+
+
+def crowd(data, rng): # thousands of layers without bytes, of empty tensors, of ties, sealed
+    header, body = split(data)
+    tables, n = header["__metadata__"], rng.choice([10, 1000, 8000, 17_000, 100_000])
+    what = rng.choice(["layers", "tensors", "ties", "options"])
+    if what == "layers":
+        tables["layers"] += [[f"l{i}", [1, 1], "scalar", 1, 1, 1, "F32", "F32", 0, 0] for i in range(n)]
+    elif what == "tensors":
+        tables["tensors"].setdefault("F32", []).extend([f"t{i}", [0]] for i in range(n))
+    elif what == "ties":
+        tables["ties"] = {f"u{i}": rng.choice(["4.weight", "bn.weight"]) for i in range(n)}
+    else:
+        tables["architecture"] = {"name": "lenet5"} | {f"o{i}": i for i in range(n)}
+    return joined(header, body)
+
+
+def blow(data, rng): # a layer of few clusters that is far larger than its file, sealed
+    header, body = split(data)
+    line = rng.choice(header["__metadata__"]["layers"][1:])
+    times = rng.choice([2, 100, 10**4, 10**6, 10**9, 2**38])
+    line[1], line[3] = [line[1][0] * times, *line[1][1:]], line[3] * times
+    if rng.random() < .5:
+        line[8:] = 0, 0
+    return joined(header, body)
+
+
+DAMAGE, FORGERY = (flip, cut, splice, length), (field, swap, offsets, content, fill, retype, crowd, blow)
+
+
+def read(path, model): # everything that a reader can do; each is tried, for one may take what another refuses
+    refused = []
+    for reader in (lambda: load_compressed(path, model), lambda: (str(inspect(path)), inspect(path).layers), lambda: decompress(path)):
+        try:
+            reader()
+        except CompressedFileError as error:
+            assert str(error).isprintable() and len(str(error)) < 1000, "a message that is no line"
+            refused.append(error)
+    if refused:
+        raise refused[0]
 
 
 def attack(kind, data, model, rng, path, made): # → "refused" or "read", seconds
@@ -178,7 +232,7 @@ def fuzz(count, batch=250): # → record
             first += 1
             options = settings(max_examples=batch, database=None, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
             seed(first)(options(given(*strategies)(one)))()
-            if first % 20 == 0:
+            if first % 100 == 0:
                 print(f"{len(made)} files, slowest {slowest:.3f} s", flush=True)
     kinds = {kind.__name__: {outcome: found[kind.__name__, outcome] for outcome in ("refused", "read")} for kind in DAMAGE + FORGERY}
     return {"files": len(made), "attacks": sum(found.values()), "kinds": kinds, "slowest_seconds": round(slowest, 3), "memory_mib": MIB, "bytes_of_the_good_files": [len(data) for data, _ in files]}

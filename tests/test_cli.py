@@ -1,17 +1,39 @@
 """The command line as a user types it: mostly in this process, a few times as the installed program."""
 import importlib.util
+import io
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from deepkmeans import build, compression, inspect, load_compressed
+from deepkmeans import __version__, build, cli, compression, inspect, load_compressed
 from deepkmeans.cli import main
+
+
+MINE = """
+import os, signal, sys, time
+from concurrent.futures import ThreadPoolExecutor
+from torch import nn
+
+def small(num_classes=10, width=6): return nn.Sequential(nn.Conv2d(1, width, 3), nn.ReLU(), nn.ConvTranspose2d(width, 4, 3), nn.Flatten(), nn.Linear(256, num_classes))
+def number(): return 7
+def broken(): return 1 / 0
+
+def interrupted(): # as if Ctrl-C were pressed while a thread has work for a minute
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(time.sleep, 60)
+        print(time.time(), file=sys.stderr, flush=True)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +45,7 @@ def folder(tmp_path_factory):
     torch.save({"state_dict": net.state_dict(), "epoch": 3}, folder / "nested.pt")
     save_file({f"model.{k}": v for k, v in net.state_dict().items()} | {"momentum.0": torch.zeros(2)}, folder / "training.safetensors")
     torch.save(net, folder / "pickled.pt")
+    (folder / "mine.py").write_text(MINE)
     return folder
 
 
@@ -108,7 +131,27 @@ def test_energy_of_a_file_and_of_a_name(here, capsys):
     ("compress lenet.pt --arch lenet5 --option depth --K 8 -o x.dkm", "must read NAME=VALUE"),
     ("compress lenet.pt --arch lenet5 --rate 1.5 -o x.dkm", "rate=1.5 must be above 0"),
     ("compress lenet.pt --arch lenet5 --K 8 --exclude nothing -o x.dkm", "no layer is called 'nothing'"),
-    ("compress lenet.pt --arch lenet5 --K 8 -o no/such/folder/x.dkm", "No such file or directory"),
+    ("compress lenet.pt --arch lenet5 --K 8 -o no/such/folder/x.dkm", "path='no/such/folder/x.dkm' is in a folder that does not exist"),
+    ("compress lenet.pt --arch lenet5 --K 8 -o .", "is no regular file"),
+    ("compress lenet.pt --arch lenet5 --K 8 -o lenet.pt", "path='lenet.pt' is the file that is read"),
+    ("compress lenet.pt --arch lenet5 --K 8 -o ./nowhere/../lenet.pt", "is the file that is read"),
+    ("decompress good.dkm -o good.dkm", "path='good.dkm' is the file that is read"),
+    ("decompress good.dkm -o no/x.safetensors", "in a folder that does not exist"),
+    ("compress lenet.pt --arch lenet5 --ratio 0 -o x.dkm", "target_ratio=0.0 must be above 1"),
+    ("compress lenet.pt --arch lenet5 --rate 0 -o x.dkm", "rate=0.0 must be above 0"),
+    ("compress lenet.pt --arch lenet5 --option depth=16 --K 8 -o x.dkm", "unexpected keyword argument 'depth'"),
+    ("compress lenet.pt --arch wide_resnet --option widen=-1 --K 8 -o x.dkm", "arch='wide_resnet' with {'widen': -1} cannot be built"),
+    ("compress lenet.pt --arch wide_resnet --option num_classes=3 --K 8 -o x.dkm", "seed and num_classes are no options"),
+    ("compress lenet.pt --arch nowhere:make --K 8 -o x.dkm", "No module named 'nowhere'"),
+    ("compress lenet.pt --arch mine:missing --K 8 -o x.dkm", "has no attribute 'missing'"),
+    ("compress lenet.pt --arch mine:number --K 8 -o x.dkm", "makes a int, which is no network"),
+    ("compress lenet.pt --arch mine:broken --K 8 -o x.dkm", "ZeroDivisionError"),
+    ("compress lenet.pt --arch lenet5 --K 8 --include Conv9d -o x.dkm", "include='Conv9d' must be a layer of torch.nn"),
+    ("compress lenet.pt --arch lenet5 --K 8 --include ConvTranspose2d -o x.dkm", "matches no layer"),
+    ("inspect good.dkm --max-bytes 1000", "more than max_bytes=1,000"),
+    ("evaluate good.dkm --data digits --arch mine:small", "has no"),
+    ("energy good.dkm --arch mine:small --input 1 8 8", "has no"),
+    ("energy lenet5 --arch lenet5", "either a FILE or --arch"),
     ("compress lenet.pt --arch lenet5 --ratio 20 --sparsity 0.5 -o x.dkm", "sparsity=0.5 cannot be given"),
     ("inspect lenet.safetensors", "no deepkmeans file"),
     ("inspect .", "is no file"),
@@ -124,7 +167,8 @@ def test_a_user_error_is_one_line_and_writes_nothing(line, message, here, capsys
     assert not list(here.glob("x.*"))
 
 
-@pytest.mark.parametrize("line", ["", "shrink x", "compress x --arch lenet5 -o y", "compress x --arch lenet5 --K 4 --rate .1 -o y", "compress x --arch lenet5 --K 0 -o y", "inspect"])
+@pytest.mark.parametrize("line", ["", "shrink x", "compress x --arch lenet5 -o y", "compress x --arch lenet5 --K 4 --rate .1 -o y", "compress x --arch lenet5 --K 0 -o y", "inspect",
+                                  "compress x --arch lenet5 --K 4 -o -", "decompress x -o -", "compress x --arch lenet5 --K 4 --first x -o y", "compress x --arch lenet5 --K 4 --first 0 -o y"])
 def test_wrong_usage_exits_with_2(line, capsys):
     with pytest.raises(SystemExit) as done:
         main(line.split())
@@ -145,8 +189,116 @@ def test_the_program_itself(root, here):
     done = subprocess.run([*program, *"compress lenet.pt --arch lenet5 --K 4 -o program.dkm --json".split()], capture_output=True, text=True)
     assert done.returncode == 0 and json.loads(done.stdout)["bytes"] == Path("program.dkm").stat().st_size, done.stderr
     Path("program.dkm").write_bytes(Path("program.dkm").read_bytes()[:-1])
+    started = subprocess.run([*program, *"compress lenet.pt --arch mine:interrupted --K 4 -o x.dkm".split()], capture_output=True, text=True)
+    assert started.returncode == 130 and time.time() - float(started.stderr) < 5, started.stderr  # of which the program takes half a second
     done = subprocess.run([*program, "inspect", "program.dkm"], capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == "" and "Traceback" not in done.stderr and "program.dkm" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["compress", "decompress"])
+def test_what_is_no_file_is_not_replaced_and_that_is_seen_before_the_work(command, here, capsys, monkeypatch, tmp_path):
+    run("compress lenet.pt --arch lenet5 --K 2 -o good.dkm", capsys)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for work in ("load_weights", "decompress"):
+        monkeypatch.setattr(cli, work, lambda *_, **__: pytest.fail("worked for nothing"))
+    what = "compress lenet.pt --arch lenet5 --K 8" if command == "compress" else "decompress good.dkm"
+    code, out, err = run(f"{what} -o {pipe}", capsys)
+    assert code == 1 and "is no regular file" in err and pipe.is_fifo() and [pipe] == list(tmp_path.iterdir())
+
+
+def test_the_input_is_recognised_behind_links(here, capsys):
+    Path("link.pt").symlink_to("lenet.pt")
+    before = Path("lenet.pt").read_bytes()
+    for given, written in (("lenet.pt", "link.pt"), ("link.pt", "lenet.pt")):
+        assert run(f"compress {given} --arch lenet5 --K 8 -o {written}", capsys)[0] == 1 and Path("lenet.pt").read_bytes() == before
+
+
+def test_whoever_stops_reading_gets_no_traceback(here, capsys, monkeypatch):
+    run("compress lenet.pt --arch lenet5 --K 2 -o good.dkm", capsys)
+    for words in ("inspect good.dkm", "inspect good.dkm --json", "--version"):
+        reader, writer = os.pipe()
+        os.close(reader)
+        with open(writer, "w") as stream, monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", stream)
+            try:
+                assert main(words.split()) == 0
+            except SystemExit as done:
+                assert done.code == 0
+        assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "latin-1", "ascii"])
+def test_a_terminal_that_lacks_characters_gets_what_looks_like_them(encoding, here, capsys, monkeypatch):
+    for words in ("compress lenet.pt --arch lenet5 --K 2 -o good.dkm", "inspect good.dkm", "energy good.dkm", "compress --help", "--help"):
+        stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        monkeypatch.setattr(sys, "stdout", stream)
+        try:
+            assert main(words.split()) == 0
+        except SystemExit as done:
+            assert done.code == 0
+        stream.flush()
+        text = stream.buffer.getvalue().decode(encoding)
+        assert "deepkmeans" in text or "bytes" in text or "macs" in text.lower()
+        assert "\\u" not in text and "?" not in text
+
+
+def test_what_a_terminal_would_obey_is_spelled_out(here, capsys):
+    code, out, err = run("inspect nothing\x1b[2J.dkm", capsys)
+    assert code == 1 and "\x1b" not in err and "\\x1b[2J" in err
+
+
+def mine_small(folder, **options): # the network of the user's own module
+    found = {}
+    exec((folder / "mine.py").read_text(), found)
+    return found["small"](**options)
+
+
+def test_ones_own_network_goes_the_whole_way(here, capsys):
+    save_file(mine_small(here, width=8).state_dict(), "own.safetensors")
+    code, out, err = run("compress own.safetensors --arch mine:small --option width=8 --K 3 --include ConvTranspose2d --include Linear --data digits -o own.dkm --json", capsys)
+    found = json.loads(out)
+    assert code == 0 and [r["layer"] for r in found["layers"]] == ["2", "4"] and found["data"] == "digits" and found["images"] == 360
+    assert {"top1", "top5", "loss"} <= found["before"].keys() and found["before"]["loss"] != found["after"]["loss"]
+    after = json.loads(run("evaluate own.dkm --arch mine:small --option width=8 --data digits --json", capsys)[1])
+    assert {key: after[key] for key in found["after"]} == found["after"]
+    assert "names no architecture" in run("evaluate own.dkm --data digits", capsys)[2]
+    assert json.loads(run("energy own.dkm --arch mine:small --option width=8 --input 1 8 8 --json", capsys)[1])["macs"] == 8 * 9 * 36 + 8 * 4 * 9 * 36 + 2560
+    assert "--input" in run("energy own.dkm --arch mine:small --option width=8", capsys)[2]
+    assert "top-1" in run("compress own.safetensors --arch mine:small --option width=8 --rate .5 --data digits -o own.dkm", capsys)[1]
+
+
+def test_images_that_a_network_does_not_take_are_named(here, capsys, tmp_path):
+    for part in ("train", "val"):
+        (tmp_path / "pets" / part / "cat").mkdir(parents=True)
+        Image.effect_noise((5, 5), 50).save(tmp_path / "pets" / part / "cat" / "0.png")
+    save_file(mine_small(here).state_dict(), "own.safetensors")
+    code, out, err = run(f"compress own.safetensors --arch mine:small --rate .5 --data {tmp_path / 'pets'} -o x.dkm", capsys)
+    assert code == 1 and "does not take the images and labels of pets" in err and not Path("x.dkm").exists()
+
+
+def test_what_is_said_of_the_size_is_that_of_the_file(here, capsys):
+    found = json.loads(run("compress lenet.pt --arch lenet5 --K 8 --include Conv2d --include Linear --codebook float16 -o half.dkm --json", capsys)[1])
+    assert found["bytes"] == Path("half.dkm").stat().st_size and found["dense_bytes"] == 4 * 431_080 and found["ratio"] == found["dense_bytes"] / found["bytes"]
+
+
+def test_long_work_shows_bars_on_a_terminal_only(here, capsys, monkeypatch):
+    torch.save(dict(mine_small(here).state_dict()), "bars.pt")
+    ratio, evaluated = "compress bars.pt --arch mine:small --ratio 2 -o bars.dkm", "evaluate bars.dkm --arch mine:small --data digits"
+    assert run(ratio, capsys)[2] == run(evaluated, capsys)[2] == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    bars = run(ratio, capsys)[2]
+    assert "curves" in bars and "share" in bars and "evaluate" in run(evaluated, capsys)[2]
+
+
+def test_the_version_and_json_everywhere(capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["--version"])
+    assert done.value.code == 0 and capsys.readouterr().out == f"deepkmeans {__version__}\n"
+    for command in ("compress", "inspect", "decompress", "evaluate", "energy", "reproduce"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        assert "--json" in capsys.readouterr().out
 
 
 def test_reproduce_names_what_there_is(capsys):

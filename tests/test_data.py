@@ -1,7 +1,11 @@
 """Image sets and loaders: properties over many inputs, hostile files, and the real sets where they are at hand."""
+import gzip
+import io
 import os
+import struct
 import time
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
+from deepkmeans import data as data_module
 from deepkmeans.data import AUGMENTS, Loader, Split, channel_stats, load, loaders, pixel_stats
 
 REAL = Path(os.environ.get("DEEPKMEANS_DATA") or Path(__file__).parents[2] / "shared" / "data")
@@ -169,6 +174,82 @@ def folder(path, parts=("train", "val"), classes=("cat", "dog"), n=3, mode="RGB"
                 pixels = np.random.default_rng([p, c, i]).integers(0, 256, (size[1], size[0], 3), np.uint8)
                 Image.fromarray(pixels).convert(mode).save(path / part / name / f"{i}.JPEG")
     return path
+
+
+def resized(data, width, height): # the same PNG, whose head speaks of other numbers of pixels
+    head = data[12:16] + struct.pack(">II", width, height) + data[24:29]
+    return data[:12] + head + struct.pack(">I", zlib.crc32(head)) + data[33:]
+
+
+def eps(): # what would start Ghostscript
+    out = io.BytesIO()
+    Image.new("L", (4, 4)).save(out, "eps")
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("make", [eps, lambda: b"GIF89a\4\0\4\0\0\0\0;", lambda: b"BM" + bytes(60), lambda: b"%PDF-1.4 image", lambda: b"II*\0" + bytes(60)])
+def test_only_png_and_jpeg_reach_a_decoder_whatever_they_are_called(make, tmp_path, monkeypatch):
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was started"))
+    good = png(np.zeros((4, 4), np.uint8), tmp_path)
+    put(tmp_path, {"image": [{"bytes": good, "path": "a"}, {"bytes": make(), "path": "b.png"}], "label": [0, 1]})
+    with pytest.raises(ValueError, match="row 1 cannot be decoded as an image"):
+        load("mnist", tmp_path, progress=False)
+    (folder(tmp_path / "pets") / "train/cat/0.JPEG").write_bytes(make())
+    for options in (dict(size=4), dict(stream=True, size=4)):
+        with pytest.raises(ValueError, match="0.JPEG cannot be decoded"):
+            epoch(Loader(load(tmp_path / "pets", progress=False, **options).train, 4, workers=0))
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_an_image_of_gigabytes_behind_a_small_one_is_refused_by_its_head(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image.Image, "load", lambda image: original(image) if image.width < 100 else pytest.fail("decoded"))
+    good = png(np.zeros((28, 28), np.uint8), tmp_path)
+    put(tmp_path, {"image": [{"bytes": good, "path": "a"}, {"bytes": resized(good, 9000, 9000), "path": "b"}], "label": [0, 1]})
+    with pytest.raises(ValueError, match="row 1 has 9000×9000 pixels but the first image has 28×28"):
+        load("mnist", tmp_path, progress=False)
+    put(tmp_path, {"image": [{"bytes": resized(good, 12_000, 12_000), "path": "a"}], "label": [0]})
+    with pytest.raises(ValueError, match="row 0 cannot be decoded as an image: 12000×12000 pixels are more than"):
+        load("mnist", tmp_path, progress=False)
+
+
+original = Image.Image.load
+
+
+def test_parquet_columns_that_are_not_used_are_not_read_and_the_others_have_a_bound(tmp_path, monkeypatch):
+    monkeypatch.setattr("deepkmeans.data.MAX_BYTES", 10**6)
+    good = png(np.zeros((4, 4), np.uint8), tmp_path)
+    images = lambda data, n: {"image": [{"bytes": data, "path": "a"}] * n, "label": [0] * n}
+    put(tmp_path, images(good, 3) | {"ballast": [bytes(10**6)] * 3})
+    assert len(load("mnist", tmp_path, progress=False).train) == 3
+    put(tmp_path, images(good + bytes(10**5), 100))  # ten megabytes which the file names once
+    with pytest.raises(ValueError, match="holds more than"):
+        load("mnist", tmp_path, progress=False)
+
+
+@pytest.mark.parametrize("shape, content, words", [((2**16, 2**8, 2**8), b"", "length"), ((2**32 - 1,) * 9, b"", "length"), ((3, 2**10, 2**10), bytes(3 * 2**20), "are more than 1,000,000"),
+                                                   ((2, 3, 3), bytes(17), "length"), ((2, 3, 3), bytes(19), "length")])
+def test_an_idx_file_that_unpacks_to_more_or_less_than_it_says(shape, content, words, tmp_path, monkeypatch):
+    monkeypatch.setattr("deepkmeans.data.MAX_BYTES", 10**6)
+    monkeypatch.setattr("deepkmeans.data.DEBIAN", tmp_path)
+    (tmp_path / "fashion-mnist").mkdir()
+    for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
+        (tmp_path / "fashion-mnist" / f"{name}-ubyte.gz").write_bytes(gzip.compress(bytes([0, 0, 8, len(shape)]) + np.array(shape, ">u4").tobytes() + content))
+    with pytest.raises(ValueError, match=f"is not a readable idx file: .*{words}"):
+        load("fashion-mnist", download=False)
+
+
+def test_a_pipe_in_an_image_folder_is_left_out(tmp_path):
+    os.mkfifo(folder(tmp_path) / "train/cat/9.png")
+    with pytest.warns(UserWarning, match="1 of 7 entries"):
+        assert len(load(tmp_path, progress=False).train) == 6
+
+
+def test_two_threads_that_cache_one_set_do_not_meet(tmp_path, monkeypatch):
+    names = []
+    monkeypatch.setattr(data_module, "save_file", lambda tensors, path, metadata: names.append(path) or Path(path).touch())
+    for _ in range(2):
+        data_module._to_cache(tmp_path / "x.safetensors", "stamp", torch.zeros(1), torch.zeros(1), False)
+    assert len(set(names)) == 2 and [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
 
 
 def test_image_folder(tmp_path):
