@@ -22,7 +22,9 @@ from contextlib import contextmanager, nullcontext
 from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
+from math import hypot, isnan
 from pathlib import Path
+from statistics import stdev
 from typing import NamedTuple
 
 import torch
@@ -409,6 +411,7 @@ def compare(
 ): # a pandas frame, a line for each row under its label
     """Paper beside ours: the change against the baseline in points, mean and sd over the seeds that ended, `of` how many, and the ratios under every way of counting.
 
+    `error` is the standard error of the accuracy in points: of the mean over the seeds or, of a single run, that of its test set.
     `ours` says it in words: a run that has not been made is "not run", one that diverged says so.
     """
     import pandas as pd
@@ -421,8 +424,17 @@ def compare(
         said = reported[(reported.method == row.paper) & (reported.ratio == row.ratio)][f"{metric}_change"]
         lines[row.label] = dict(method=row.method, nominal=row.ratio, paper=said.item() if len(said) else None, ours=_in_words(change, len(records)), change=change.mean(), sd=change.std(),
                                 difference=change.mean() - said.item() if len(said) else None, baseline=pd.Series([s["baseline"][metric] for s in ended], dtype=float).mean(),
-                                ended=len(ended), made=len(records), of=seeds, **(pd.json_normalize([s[row.stage]["ratio"] for s in ended], sep=" ").mean() if ended else {}))
+                                error=_standard_error([s[row.stage][metric] for s in ended], records), ended=len(ended), made=len(records), of=seeds, **(pd.json_normalize([s[row.stage]["ratio"] for s in ended], sep=" ").mean() if ended else {}))
     return pd.DataFrame.from_dict(lines, orient="index").astype({"paper": float, "difference": float})
+
+
+def _standard_error(accuracies, records):  # in points; NaN where nothing tells it
+    if len(accuracies) > 1:
+        return stdev(accuracies) / len(accuracies) ** 0.5
+    images = next((r["dataset"]["test"] for r in records if "dataset" in r), None)
+    if not accuracies or not images:
+        return float("nan")
+    return (accuracies[0] * (100 - accuracies[0]) / images) ** 0.5  # binomial
 
 
 def _in_words(change, made):
@@ -436,15 +448,18 @@ def claims(
     frame, # as `compare` gives it
     pairs, # of labels: the first is better in the paper, or wanted to be
 ) -> list: # sentences
-    """For each pair of lines that were both run, whether the first lost less than the second, with the paper's gap where it has both."""
-    said = []
-    for better, worse in pairs:
-        a, b = frame.loc[better], frame.loc[worse]
-        if a.ended and b.ended:
-            gap, paper = a.change - b.change, a.paper - b.paper
-            beside = f" (paper {paper:+.2f})" if paper == paper else ""
-            said.append(f"{better} against {worse}: {gap:+.2f} points{beside}; that it is the better one {'holds' if gap > 0 else 'does not hold'}.")
-    return said
+    """For each pair of lines that were both run, whether the first lost less than the second by more than two standard errors, with the paper's gap where it has both."""
+    return [_claim(better, worse, frame.loc[better], frame.loc[worse]) for better, worse in pairs if frame.loc[[better, worse]].ended.all()]
+
+
+def _claim(better, worse, a, b):
+    gap, paper, scatter = a.change - b.change, a.paper - b.paper, 2 * hypot(a.error, b.error)
+    beside = "" if isnan(paper) else f" (paper {paper:+.2f})"
+    if abs(gap) <= scatter or isnan(scatter):
+        verdict = "within the scatter" + ("" if isnan(scatter) else f" (± {scatter:.2f})")
+    else:
+        verdict = "that it is the better one " + ("holds" if gap > 0 else "does not hold")
+    return f"{better} against {worse}: {gap:+.2f} points{beside}; {verdict}."
 
 # %% ../nbs/30_experiments.ipynb #headline
 def headline(
