@@ -79,8 +79,8 @@ class CompressionReport:
         return frame.assign(ratio=frame.dense_bits / frame.bits, share=frame.bits / self.bits)
 
     def __str__(self):
-        return (f"{self.ratio:.2f}× smaller: {self.dense_bits / 8192:,.1f} → {self.bits / 8192:,.1f} KiB "
-                f"({self.coding} indexes, scope {self.scope})")
+        how = "bytes on disk" if self.coding == "file" else f"{self.coding} indexes"
+        return f"{self.ratio:.2f}× smaller: {self.dense_bits / 8192:,.1f} → {self.bits / 8192:,.1f} KiB ({how}, scope {self.scope})"
 
 # %% ../nbs/05_accounting.ipynb #compression
 CONVOLUTION_TYPES = (nn.modules.conv._ConvNd,)
@@ -90,23 +90,21 @@ NORM_TYPES = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 def compression(
     model, # a network, shared or not
     *,
-    coding="entropy", # bits of an index: one of CODINGS, or "file": the bytes on disk
+    coding="file", # "file": the bytes on disk, or how the bits of an index are counted: one of CODINGS
     scope="network", # "network", "conv" (convolutions only) or the name of a layer
     biases=True, # count biases?
-    batchnorm=False, # count the parameters of normalisation layers?
+    batchnorm=None, # count the parameters of normalisation layers? None: where the coding is "file"
 ) -> CompressionReport:
     """What the network takes in bits, and how much smaller that is than 32 bits a parameter (paper, sections 2.3 and 4.1).
 
-    A weight that is computed from fewer numbers (`lowrank.RandomDictionary`) takes what these take. With `coding="file"` everything that `save_compressed` would write is counted, in bytes on disk, against the same tensors as they are.
-    Raises `ValueError` for an unknown coding or scope, or when nothing is left to count.
+    With `coding="file"` everything that `save_compressed` would write is counted, in bytes on disk, against the same tensors as they are. A weight that is
+    computed from fewer numbers (`lowrank.RandomDictionary`) takes what these take, one that several layers use is counted with the first.
+    Raises `ValueError` for an unknown coding or scope, for a file without biases or normalisation, or when nothing is left to count.
     """
-    if coding == "file":
-        return _file_report(model, scope)
-    shared, rows = shared_layers(model), []
-    for name, module in _counted_modules(model, scope, batchnorm):
-        row = _layer_bits(module, shared.get(name), coding, biases)
-        if row["dense_bits"]:
-            rows.append({"layer": name or type(module).__name__, **row})
+    if coding == "file" and (not biases or batchnorm is False):
+        raise ValueError(f"biases={biases} and batchnorm={batchnorm} must be True when coding='file': a file holds all that a layer has")
+    modules = dict(_counted_modules(model, scope, batchnorm or coding == "file"))
+    rows = _file_rows(model, modules, scope) if coding == "file" else _parameter_rows(model, modules, coding, biases)
     if not rows:
         raise ValueError(f"scope={scope!r} holds no parameter to count")
     return CompressionReport(tuple(rows), coding, scope)
@@ -121,10 +119,20 @@ def _counted_modules(model, scope, batchnorm):
         if wanted and (batchnorm or not isinstance(module, NORM_TYPES)):
             yield name, module
 
+# %% ../nbs/05_accounting.ipynb #compression-rows
+def _parameter_rows(model, modules, coding, biases):
+    shared, counted, rows = shared_layers(model), set(), []
+    for name, module in modules.items():
+        plain = {id(p): p.numel() for key, p in module.named_parameters(recurse=False) if (biases or "bias" not in key) and id(p) not in counted}
+        row = _layer_bits(module, shared.get(name), coding, sum(plain.values()))
+        counted |= plain.keys()
+        if row["dense_bits"]:
+            rows.append({"layer": name or type(module).__name__, **row})
+    return rows
 
-def _layer_bits(module, shared, coding, biases):
-    plain = {name: p.numel() for name, p in module.named_parameters(recurse=False) if biases or "bias" not in name}
-    kept = FLOAT_BITS * sum(plain.values())
+
+def _layer_bits(module, shared, coding, plain):  # plain: how many parameters stay as they are
+    kept = FLOAT_BITS * plain
     if shared is None:
         others = getattr(module, "parametrizations", nn.ModuleDict())  # a weight computed from what is learned: factors, hash buckets
         dense = kept + FLOAT_BITS * sum(getattr(module, name).numel() for name in others)
@@ -133,15 +141,14 @@ def _layer_bits(module, shared, coding, biases):
     weights, k = prod(shared.shape), len(shared.counts)
     codebook = FLOAT_BITS * k * (weights // len(shared.codes))
     indexes = index_bits(shared.counts, coding)
-    return dict(k=k, parameters=weights + sum(plain.values()), dense_bits=FLOAT_BITS * weights + kept, codebook_bits=codebook,
+    return dict(k=k, parameters=weights + plain, dense_bits=FLOAT_BITS * weights + kept, codebook_bits=codebook,
                 index_bits=indexes, kept_bits=kept, bits=codebook + indexes + kept)
 
 
-def _file_report(model, scope):
+def _file_rows(model, modules, scope):
     from deepkmeans.codec import file_rows
 
-    if scope != "network":
-        raise ValueError(f"scope={scope!r} must be 'network' when coding='file': a file holds the whole network")
-    rows = [dict(layer=row["layer"], k=row["k"], parameters=row["numbers"], dense_bits=8 * row["dense"], codebook_bits=8 * row["codebook"],
-                 index_bits=8 * row["indexes"], kept_bits=8 * row["kept"], bits=8 * (row["codebook"] + row["indexes"] + row["kept"])) for row in file_rows(model)]
-    return CompressionReport(tuple(rows), "file", scope)
+    layer = lambda row: f".{row['layer']}".partition(".parametrizations")[0][1:]  # what a weight is computed from stands in lines of its own
+    rows = [row for row in file_rows(model) if scope == "network" or layer(row) in modules]
+    return [dict(layer=row["layer"], k=row["k"], parameters=row["numbers"], dense_bits=8 * row["dense"], codebook_bits=8 * row["codebook"],
+                 index_bits=8 * row["indexes"], kept_bits=8 * row["kept"], bits=8 * (row["codebook"] + row["indexes"] + row["kept"])) for row in rows]

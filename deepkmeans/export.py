@@ -6,12 +6,13 @@
 __all__ = ['to_onnx']
 
 # %% ../nbs/09_export.ipynb #imports
-import os
 from copy import deepcopy
 from pathlib import Path
 
 import torch
 
+from .codec import write_file
+from .models import first_line
 from .rows import to_rows
 from .sharing import shared_layers, unshare
 
@@ -53,32 +54,45 @@ def _weight_nodes(graph, layer, shared, weight, opset):  # replace one initializ
 def to_onnx(
     model, # a network, shared or not, on any device; it stays as it is
     path, # file to write
-    input_shape, # shape of a batch of images, (b, c, h, w); the file takes any number of images
+    input_shape, # (c, h, w) of one image, as `energy` takes it; the file takes any number of images
     *,
     opset=21, # operator set; 21 packs two codes of up to 16 clusters into a byte, 18 to 20 do not
 ) -> Path: # of the file
     """Write the network in eval mode as ONNX that keeps weight sharing: codebook, codes as small integers, Cast, Gather, Reshape.
 
     The file appears whole or not at all. Raises `ImportError` when onnx or onnxscript is missing, and `ValueError` for an operator set below 18 or above
-    that of the onnx installed, for a shape without a batch axis, and when a shared weight is not in the graph that torch exports.
+    that of the onnx installed, for an image on which the network does not run, and when a shared weight that is used is not in the graph that torch exports.
     """
     onnx = _onnx()
     if not 18 <= opset <= onnx.defs.onnx_opset_version():
         raise ValueError(f"opset={opset} must be between 18 and {onnx.defs.onnx_opset_version()}")
-    if len(input_shape) < 2 or min(input_shape) < 1:
-        raise ValueError(f"input_shape={tuple(input_shape)} must be (b, c, h, w), all at least 1")
+    if not input_shape or min(input_shape) < 1:
+        raise ValueError(f"input_shape={tuple(input_shape)} must be (c, h, w) of one image, all at least 1")
     dense = unshare(deepcopy(model)).eval().cpu()
-    proto = _export(dense, (2, *input_shape[1:]), opset)
-    nodes = [node for layer, shared in shared_layers(model).items()
+    batch = torch.zeros(2, *input_shape, dtype=next((p.dtype for p in dense.parameters()), None))  # torch would take a 1 for a constant
+    used, proto = _used(dense, batch), _export(dense, batch, opset)
+    nodes = [node for layer, shared in shared_layers(model).items() if layer in used
              for node in _weight_nodes(proto.graph, layer, shared, dense.get_submodule(layer).weight.detach(), opset)]
     nodes += _plain(proto)
     del proto.graph.node[:]
     proto.graph.node.extend(nodes)
     onnx.checker.check_model(proto)
-    part = Path(f"{path}.part")
-    part.write_bytes(proto.SerializeToString())
-    os.replace(part, path)
+    write_file(path, proto.SerializeToString())
     return Path(path)
+
+
+def _used(dense, batch):  # names of the modules that run: auxiliary heads do not
+    used = set()
+    hooks = [m.register_forward_hook(lambda *_, name=name: used.add(name)) for name, m in dense.named_modules()]
+    try:
+        with torch.no_grad():
+            dense(batch)
+    except Exception as error:  # whatever a network says to an input that it was not made for
+        raise ValueError(f"input_shape={tuple(batch.shape[1:])}: the network does not run on it ({first_line(error)}); it is the shape of one image, without a batch axis") from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return used
 
 
 def _plain(proto):  # the nodes without what torch notes about the source code (kilobytes, with paths of this machine)
@@ -97,6 +111,6 @@ def _onnx():
     return onnx
 
 
-def _export(dense, shape, opset):  # a batch of 2: torch would take a 1 for a constant
+def _export(dense, batch, opset):
     options = dict(dynamo=True, optimize=False, verbose=False, opset_version=opset)  # optimising would fold batch normalisation into the weights
-    return torch.onnx.export(dense, (torch.zeros(shape),), dynamic_shapes=({0: torch.export.Dim("batch")},), **options).model_proto
+    return torch.onnx.export(dense, (batch,), dynamic_shapes=({0: torch.export.Dim("batch")},), **options).model_proto

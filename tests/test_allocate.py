@@ -24,15 +24,106 @@ def measured(request):
     return net, dk.layer_curves(net)
 
 
-@pytest.mark.parametrize("target", [1.3, 4, 11.5])
-def test_the_shared_network_has_the_wanted_ratio(measured, target):
+def dense_bytes(net):
+    return sum(t.nbytes for t in net.state_dict().values())
+
+
+@pytest.mark.parametrize("target", [1.3, 4, 9])
+def test_the_file_has_the_wanted_ratio_with_its_header_and_normalisation(measured, target, tmp_path):
     net, curves = measured
     state = copy.deepcopy(net.state_dict())
     plan = dk.allocate(net, target, curves=curves)
     assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
     shared = copy.deepcopy(net)
     dk.share(shared, plan)
-    assert dk.compression(shared).ratio == pytest.approx(target, rel=0.01)
+    assert dense_bytes(net) / dk.save_compressed(shared, tmp_path / "net.dkm") == pytest.approx(target, rel=0.01)
+
+
+@pytest.mark.parametrize("coding", ["fixed", "log2", "entropy", "huffman"])
+@pytest.mark.parametrize("target", [1.3, 4, 9])
+def test_every_other_coding_reaches_the_ratio_as_it_counts(measured, target, coding):
+    net, curves = measured
+    shared = copy.deepcopy(net)
+    dk.share(shared, dk.allocate(net, target, curves=curves, coding=coding))
+    assert dk.compression(shared, coding=coding).ratio == pytest.approx(target, rel=0.01)
+
+
+@pytest.mark.parametrize("target", [30, 60])
+def test_whole_digits_reach_high_ratios_too(target):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 32, 3), nn.Conv2d(32, 48, 3), nn.Conv2d(48, 48, 3), nn.Conv2d(48, 64, 1))
+    shared = copy.deepcopy(net)
+    dk.share(shared, dk.allocate(net, target, coding="fixed"))
+    assert dk.compression(shared, coding="fixed").ratio == pytest.approx(target, rel=0.01)
+
+
+def test_a_half_network_is_sized_by_its_own_bytes(tmp_path):
+    net = vgg_like().half()
+    shared = copy.deepcopy(net)
+    dk.share(shared, dk.allocate(net, 5))
+    assert dense_bytes(net) / dk.save_compressed(shared, tmp_path / "net.dkm") == pytest.approx(5, rel=0.01)
+
+
+def test_transposed_convolutions_are_allocated_and_what_stays_dense_is_named():
+    net = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ConvTranspose2d(32, 60, 3), nn.BatchNorm2d(60))
+    plan = dk.allocate(net, 8)
+    assert "1" in plan and plan.skipped == {name: "better left dense" for name in {"0", "1"} - plan.keys()}
+    with pytest.raises(ValueError, match="at most .*; 1 stay dense, which include= and exclude= decide"):
+        dk.allocate(net, 8, include=nn.Conv2d)
+
+
+def auxiliary(name):
+    import torchvision
+    net = torchvision.models.get_model(name, weights=None, num_classes=5, init_weights=False, aux_logits=True)
+    return net, [(torch.randn(4, 3, 80, 80, generator=torch.Generator().manual_seed(0)), None)]
+
+
+class Outputs(nn.Module):
+    def __init__(self, pack):
+        super().__init__()
+        self.net, self.aux, self.pack = vgg_like(), nn.Linear(3, 2), pack
+
+    def forward(self, x):
+        return self.pack(self.net(x), x.mean())
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_networks_with_auxiliary_heads_have_an_information_and_the_heads_none(name):
+    net, data = auxiliary(name)
+    layers = [name for name, m in net.named_modules() if isinstance(m, nn.Conv2d)]
+    information = dk.fisher(net.train(), data, layers, images=4)
+    assert net.training and {name for name, f in information.items() if not f.any()} == {name for name in layers if name.lower().startswith("aux")}
+
+
+@pytest.mark.parametrize("pack", [lambda y, z: dict(loss=z, logits=y), lambda y, z: dict(out=y, aux=z), lambda y, z: (y, z)], ids=["logits", "out", "tuple"])
+def test_logits_are_found_in_dictionaries_and_tuples_frozen_or_not_and_without_gradients(pack):
+    data = [(torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1)), None)]
+    plain, net = dk.fisher(vgg_like(), data, ["0", "8"], images=8), Outputs(pack).requires_grad_(False)
+    net.net[1].eval()
+    for surrounding in (torch.no_grad(), torch.inference_mode(), torch.enable_grad()):
+        with surrounding:
+            information = dk.fisher(net, data, ["net.0", "net.8", "aux"], images=8)
+        assert torch.equal(information["net.0"], plain["0"]) and torch.equal(information["net.8"], plain["8"]) and not information["aux"].any()
+    assert not net.net[1].training and net.training and not any(p.requires_grad for p in net.parameters())
+
+
+def test_a_frozen_network_with_a_dead_head_is_allocated_without_gradients():
+    data = [(torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1)), None)]
+    net = Outputs(lambda y, z: (y, z)).requires_grad_(False)
+    with torch.no_grad():
+        plan = dk.allocate(net, 5, data, images=8)
+    assert plan["aux"].k == 1
+
+
+def test_a_network_that_fails_keeps_its_mode_and_what_is_frozen():
+    net = vgg_like().train()
+    net[0].weight.requires_grad_(False)
+    for data, message in (([(torch.randn(2, 4, 8, 8), None)], None), ([], "loader gives no images")):
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            dk.fisher(net, data, ["0"])
+        assert all(m.training for m in net.modules()) and not net[0].weight.requires_grad
+    with pytest.raises(ValueError, match=r"logits of shape \(2, 16, 6, 6\), must be"):
+        dk.fisher(net[:1], [(torch.randn(2, 3, 8, 8), None)], ["0"])
 
 
 def test_the_same_call_gives_the_same_plan():
@@ -46,7 +137,7 @@ def relative_loss(net, plan):
     dk.share(shared, plan)
     weights = [(net.get_submodule(name).weight.detach(), shared.get_submodule(name).weight.detach()) for name in plan]
     left = torch.tensor([1 - float((a - b).square().sum() / a.square().sum()) for a, b in weights])
-    return float(-left.clamp(min=1e-9).log().sum()), dk.compression(shared).bits
+    return float(-left.clamp(min=1e-9).log().sum()), dk.compression(shared).bits  # of the file
 
 
 def test_no_list_of_k_that_is_as_small_loses_less(measured):

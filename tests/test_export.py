@@ -24,10 +24,10 @@ NETWORKS = {"wide_resnet": lambda: dk.build("wide_resnet", depth=10, widen=2).ev
 @pytest.mark.parametrize("layout", ["row", "kernel"])
 def test_onnxruntime_computes_what_torch_does(name, layout, tmp_path):
     net = NETWORKS[name]()
-    dense = dk.to_onnx(net, tmp_path / "dense.onnx", (1, 3, 32, 32)).stat().st_size
+    dense = dk.to_onnx(net, tmp_path / "dense.onnx", (3, 32, 32)).stat().st_size
     dk.share(net, dk.make_plan(net, k=7, sparsity=0.4, layout=layout, include=(nn.Conv2d, nn.Linear)))
     before = copy.deepcopy(net.state_dict())
-    path = dk.to_onnx(net, tmp_path / "shared.onnx", (1, 3, 32, 32))
+    path = dk.to_onnx(net, tmp_path / "shared.onnx", (3, 32, 32))
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     session = onnxruntime.InferenceSession(str(path))
     for images in (1, 5):
@@ -61,3 +61,52 @@ def test_training_through_compile_moves_the_codebook_as_plainly():
     nets[0](x).square().sum().backward()
     for a, b in zip(nets[0].parameters(), nets[1].parameters()):
         assert torch.allclose(a.grad, b.grad, rtol=1e-4, atol=1e-6)
+
+
+class Packed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head, self.aux = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()), nn.Linear(8, 5), nn.Linear(8, 5)
+
+    def forward(self, x):
+        y = self.body(x)
+        return {"logits": self.head(y), "aux": self.aux(y)} if self.training else {"logits": self.head(y), "features": y}
+
+
+def test_dictionaries_are_exported_and_shared_heads_that_do_not_run_are_left_out(tmp_path):
+    net, x = Packed().eval(), torch.randn(4, 3, 9, 9)
+    dk.share(net, dk.make_plan(net, k=4, include=(nn.Conv2d, nn.Linear)))
+    session = onnxruntime.InferenceSession(str(dk.to_onnx(net, tmp_path / "net.onnx", (3, 9, 9))))
+    logits, features = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close([torch.from_numpy(logits), torch.from_numpy(features)], [*net(x).values()], rtol=1e-4, atol=1e-5)
+    assert b"aux" not in (tmp_path / "net.onnx").read_bytes()
+
+
+def test_a_transposed_convolution_is_exported_shared(tmp_path):
+    net, x = nn.Sequential(nn.ConvTranspose2d(3, 6, 3, stride=2, groups=3)).eval(), torch.randn(3, 3, 8, 8)
+    dk.share(net, dk.make_plan(net, k=4))
+    session = onnxruntime.InferenceSession(str(dk.to_onnx(net, tmp_path / "net.onnx", (3, 8, 8))))
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]), net(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 32, 32), (4, 32, 32), (3, 1, 1), (), (3, 0, 32)])
+def test_a_shape_that_is_no_image_of_the_network_is_one_line(shape, tmp_path):
+    with pytest.raises(ValueError, match=r"input_shape=\(.*") as error:
+        dk.to_onnx(odd(), tmp_path / "net.onnx", shape)
+    assert "\n" not in str(error.value) and "of one image" in str(error.value) and not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_is_full_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "net.onnx"
+    path.write_bytes(b"old")
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        dk.to_onnx(odd(), path, (3, 16, 16))
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
