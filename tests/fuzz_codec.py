@@ -5,6 +5,7 @@ import resource
 import sys
 import zlib
 from collections import Counter
+from copy import deepcopy
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import process_time
@@ -95,7 +96,7 @@ def field(data, rng): # another value in the header or its tables, sealed
         if rng.random() < .1:
             del container[key]
         else:
-            container[key] = rng.choice(NASTY) if rng.random() < .6 or not isinstance(container[key], int) else container[key] + rng.choice([-1, 1, 8, 4096])
+            container[key] = deepcopy(rng.choice(NASTY)) if rng.random() < .6 or not isinstance(container[key], int) else container[key] + rng.choice([-1, 1, 8, 4096])
     return joined(header, body)
 
 
