@@ -291,7 +291,7 @@ def separable(
     sizes = {name: conv.weight.numel() for name, conv in convs.items()}
     costs = {name: conv.kernel_size[0] * conv.in_channels + conv.kernel_size[1] * conv.out_channels for name, conv in convs.items()}
     if ratio is not None:
-        other = round(compression(model).dense_bits / FLOAT_BITS) - sum(sizes.values())
+        other = round(compression(model, coding="entropy").dense_bits / FLOAT_BITS) - sum(sizes.values())
         chosen = _ranks_of_ratio(svds, sizes, costs, other, ratio)
     else:
         chosen = ranks if energy is None else _ranks_of_energy(svds, energy)
