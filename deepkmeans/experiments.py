@@ -16,6 +16,7 @@ import os
 import platform
 import subprocess
 import sys
+import warnings
 from ast import literal_eval
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
@@ -76,7 +77,7 @@ def run_id(
 ) -> str: # 12 hexadecimal digits
     """The identity of a run: a hash of its parameters but for PLACES; a `checkpoint` counts by its content."""
     plain = {k: v for k, v in parameters.items() if k not in PLACES}
-    if plain.get("checkpoint") and Path(plain["checkpoint"]).exists():
+    if plain.get("checkpoint") and Path(plain["checkpoint"]).is_file():  # neither a device nor a pipe
         plain["checkpoint"] = hashlib.sha256(Path(plain["checkpoint"]).read_bytes()).hexdigest()[:12]
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -130,19 +131,39 @@ def save_record(
     """Write `folder/record.json`, whole or not at all."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f"record.json.{os.getpid()}.part"
-    part.write_text(json.dumps(record, indent=1, sort_keys=True, allow_nan=False) + "\n")
-    os.replace(part, folder / "record.json")
+    _write(folder / "record.json", json.dumps(record, indent=1, sort_keys=True, allow_nan=False) + "\n")
+
+
+def _write(path, text):  # whole or not at all
+    part = Path(f"{path}.{os.getpid()}.part")
+    try:
+        part.write_text(text)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def read_records(
     store, # folder of runs, or a file of records in JSON lines
 ) -> list: # records
-    """The records of all finished runs, in the order of their identities."""
+    """The records of all finished runs, in the order of their identities. What is no record is left out with a warning that names it."""
     store = Path(store)
     if store.suffix == ".jsonl":
-        return [json.loads(line) for line in (store.read_text().splitlines() if store.exists() else ())]
-    return [json.loads(path.read_text()) for path in sorted(store.glob("*/record.json"))]
+        lines = store.read_text().splitlines() if store.is_file() else []
+        found = [_record(line, f"line {i + 1} of {store}") for i, line in enumerate(lines)]
+    else:
+        found = [_record(path.read_text(errors="replace"), path) for path in sorted(store.glob("*/record.json")) if path.is_file()]
+    return [record for record in found if record is not None]
+
+
+def _record(text, where):  # None where the text is no record
+    try:
+        record = json.loads(text)
+    except json.JSONDecodeError:
+        record = None
+    if isinstance(record, dict):
+        return record
+    warnings.warn(f"{where} is no record of a run and is left out")
 
 
 def pack_records(
@@ -150,7 +171,7 @@ def pack_records(
     path, # file to write
 ):
     """Write records as JSON lines, one a run: what is committed beside a table."""
-    Path(path).write_text("".join(json.dumps(r, sort_keys=True) + "\n" for r in records))
+    _write(path, "".join(json.dumps(r, sort_keys=True) + "\n" for r in records))
 
 # %% ../nbs/30_experiments.ipynb #child
 _CHILD = """
@@ -224,7 +245,7 @@ def lookup(
     """
     defaults = notebook_parameters(notebook)
     wanted = [run_id(_complete(defaults, parameters)) for parameters in suite]
-    found = {run_id({**defaults, **r["parameters"]}): r for store in reversed(stores) for r in read_records(store)}
+    found = {run_id({**defaults, **r["parameters"]}): r for store in reversed(stores) for r in read_records(store) if isinstance(r.get("parameters"), dict)}
     return [found.get(identity) for identity in wanted]
 
 
@@ -468,7 +489,6 @@ def headline(
     setting, # network, data, baseline, in words
     at, # the nominal ratio that is shown
     root=".", # root of the repository
-    which="", # " (convolutions)" for the lines that are so called
 ):
     """Put a table's line into the README: what sharing alone, re-training, its control and the best other method lose, the paper's numbers in brackets.
 
@@ -480,7 +500,7 @@ def headline(
         raise ValueError(f"README.md has no line that begins with {mark!r}")
     others = frame[~frame.method.str.startswith(("WR", "Deep k-Means", "spectral", "control", "dense")) & (frame.ended > 0)]
     best = [f"{_loss(line)}, {line.method} at {_reached(line):.4g}" for _, line in others.sort_values("change").tail(1).iterrows()]
-    cells = [_loss(frame.loc[f"{method}{which} at {at:g}"]) for method in ("WR", "Deep k-Means", "control")]
+    cells = [_loss(frame.loc[f"{method} at {at:g}"]) for method in ("WR", "Deep k-Means", "control")]
     line = " | ".join([mark.strip("| "), setting, f"{at:g}", *cells, *(best or ["not run"])])
     page.write_text("\n".join(f"| {line} |" if old.startswith(mark) else old for old in text.split("\n")))
 
