@@ -28,7 +28,6 @@ import torch
 import torch.nn as nn
 from constriction import stream
 from torch.nn.utils import parametrize
-from torch.overrides import TorchFunctionMode
 
 from .models import build
 from .rows import LAYOUTS, from_rows, row_length
@@ -478,14 +477,8 @@ def _metadata(tables): # → {str: str}
     return {"format": "deepkmeans", "version": VERSION} | {name: compact(part) for name, part in parts.items() if part}
 
 # %% ../nbs/06_codec.ipynb #blank
-class _TrueNumbers(TorchFunctionMode): # on the meta device there are no values to compute with
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        on_cpu = {"device": "cpu"} if function in (torch.arange, torch.tensor) else {}
-        return function(*args, **(kwargs or {}) | on_cpu)
-
-
 def _blank(architecture, kinds): # the network of that name without memory, in the floating type of the outline's first parameter
-    with _TrueNumbers(), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what torchvision will do with weights that are not made here
         model = build(**architecture, seed=None)
     _, dtype = kinds.get(next((name for name, _ in model.named_parameters()), None), ((), None))

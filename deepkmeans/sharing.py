@@ -376,8 +376,12 @@ def side_by_side(
     try:
         with ThreadPoolExecutor(side, initializer=torch.set_num_threads, initargs=(threads // side,)) as pool, tqdm(total=len(weights), desc=what, disable=not progress) as bar:
             jobs = {name: pool.submit(call, name, weights[name]) for name in sorted(weights, key=lambda name: -weights[name].numel())}
-            for _ in as_completed(jobs.values()):
-                bar.update()
+            try:
+                for _ in as_completed(jobs.values()):
+                    bar.update()
+            except BaseException:  # Ctrl-C: what has not begun is not begun any more
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
         return {name: jobs[name].result() for name in weights}
     finally:
         torch.set_num_threads(threads)  # what a worker sets counts for threads that come later
