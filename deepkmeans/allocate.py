@@ -305,7 +305,7 @@ def allocate(
     size.check_reach(target_ratio)
     return size.plan(_hit(size, size.dense / target_ratio))
 
-
+# %% ../nbs/08_allocate.ipynb #hit
 def _lists(curves, first, last, coding):
     floors = dict.fromkeys(curves, 1)
     for name, floor in ((next(iter(curves)), first), (next(reversed(curves)), last)):

@@ -348,7 +348,7 @@ def _misfit(new, own):  # why a tensor of a file cannot replace one of the netwo
     if kinds[0] != kinds[1] or kinds[0] not in ("", "complex"):
         return f"{kinds[0] or 'dense'} in the file and {kinds[1] or 'dense'} in the network"
 
-
+# %% ../nbs/10_models.ipynb #first-line
 def first_line(
     error, # an exception
     line=0, # which line of its message
@@ -384,7 +384,7 @@ def _flat(content, prefix=""):
         tensors, versions = tensors | inner[0], versions | inner[1]
     return tensors, versions
 
-
+# %% ../nbs/10_models.ipynb #unwrapped
 WRAPPERS = {"state_dict", "model_state_dict", "model", "net", "network", "module", "_orig_mod"}  # parts of a name that are none of a layer's
 
 

@@ -65,7 +65,7 @@ class LayerPlan:
         """The number of clusters wanted for n rows: k, or rate·n rounded and at least 1."""
         return self.k if self.k is not None else max(1, round(self.rate * n))
 
-# %% ../nbs/02_sharing.ipynb #make-plan
+# %% ../nbs/02_sharing.ipynb #plan
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 LAYERS = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
@@ -78,7 +78,7 @@ class Plan(dict):
         super().__init__(layers)
         self.skipped = dict(skipped or {})
 
-
+# %% ../nbs/02_sharing.ipynb #make-plan
 def make_plan(
     model, # the network
     *,
@@ -209,7 +209,7 @@ class SharedWeight(Codes):
     def right_inverse(self, weight):  # weight -> (k, d)
         return centroids(to_rows(weight, self.layout), self.codes, len(self.counts), self.pinned)
 
-
+# %% ../nbs/02_sharing.ipynb #centroids
 def centroids(
     rows, # (n, d)
     codes, # (n,) integers below k
@@ -314,7 +314,7 @@ def planned_layers(
             raise ValueError(f"the weight of layer {name!r} is {others[0]!r} too, and sharing would part them: leave it out of the plan, or give it a weight of its own")
     return {name: modules[name] for name in plan}
 
-
+# %% ../nbs/02_sharing.ipynb #obstacles
 def _made_elsewhere(module):  # what computes the weight of a layer before each call, or None
     if parametrize.is_parametrized(module, "weight"):
         maker = module.parametrizations.weight[0]
@@ -432,7 +432,7 @@ def share(
     share_layers(layers, found, plan)
     return SharingReport(rows, skipped)
 
-
+# %% ../nbs/02_sharing.ipynb #share-layers
 def share_layers(
     layers, # {layer name: module with a dense weight}; changed in place
     clusterings, # {layer name: codebook (k, d) and codes (n,) of its rows}
@@ -471,7 +471,7 @@ def _restore(module, weight, data, grad, parameters):  # a dense layer as it was
     weight.data, weight.grad = data, grad
     module._parameters.clear(), module._parameters.update(parameters)  # in their order
 
-
+# %% ../nbs/02_sharing.ipynb #describe
 def _describe(name, weight, plan, clustering):
     rows = to_rows(weight.detach(), plan.layout)
     return dict(layer=name, shape="×".join(map(str, weight.shape)), layout=plan.layout, n=len(rows), d=rows.shape[1],
