@@ -61,7 +61,7 @@ def rows_figure(
     axes = torch.linalg.svd(before - mean, full_matrices=False).Vh[:2].T  # (d, 2)
     at = lambda rows: ((rows - mean) @ axes).T.tolist() if before.shape[1] > 1 else [rows[:, 0].tolist(), [0.0] * len(rows)]
     fig, panels = plt.subplots(1, 2, figsize=(10, 4.2), sharex=True, sharey=True, layout="constrained")
-    for ax, rows, title in zip(panels, (before, after), ("baseline", "re-trained, not yet shared")):
+    for ax, rows, title in zip(panels, (before, after), ("baseline", "re-trained")):
         ax.scatter(*at(rows), c=codes.tolist(), cmap="viridis", s=6, alpha=0.35, linewidths=0)
         ax.scatter(*at(codebook), marker="X", s=80, c="black", edgecolor="white", label=f"codebook, k = {len(codebook)}")
         ax.set(title=title, xlabel="first principal axis (weight)")
