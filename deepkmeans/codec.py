@@ -300,7 +300,7 @@ def _is_shape(shape, least=0):
     return fits and prod(max(s, 1) for s in shape) < 2**40
 
 # %% ../nbs/06_codec.ipynb #table-class
-MAX_NAMES = 2**14  # tensors, shared layers and ties of one file
+MAX_NAMES = 2**12  # tensors, shared layers and ties of one file
 
 
 class Tables(NamedTuple):
@@ -324,10 +324,10 @@ def _tables(metadata): # → Tables, checked by themselves
     read = lambda name, kind, missing: _json(metadata[name], kind) if name in metadata else missing
     columns, *lines = read("layers", list, []) or [list(StoredLayer._fields)]
     _need(columns == list(StoredLayer._fields), "the table of layers has unknown columns")
-    layers, tensors = [_stored_layer(line) for line in lines], list(_tensor_lines(read("tensors", dict, {})))
-    ties, architecture = read("ties", dict, {}), read("architecture", dict, None)
-    count = len(layers) + len(tensors) + len(ties)
-    _need(count <= MAX_NAMES, f"{count:,} names, of which a file has at most {MAX_NAMES:,}")
+    table, ties, architecture = read("tensors", dict, {}), read("ties", dict, {}), read("architecture", dict, None)
+    count = len(lines) + len(ties) + sum(len(part) for part in table.values() if isinstance(part, list))
+    _need(count <= MAX_NAMES, f"{count:,} names, of which a file has at most {MAX_NAMES:,}")  # before any of them is looked at
+    layers, tensors = [_stored_layer(line) for line in lines], list(_tensor_lines(table))
     names = {_join(layer.name, "weight") for layer in layers} | {name for name, _ in tensors}
     _need(len(names) == len(layers) + len(tensors), "a name stands twice in the tables")
     _need(all(_is_name(name) and name not in names for name in ties), "the table of ties has a name that is none or stands elsewhere")

@@ -406,7 +406,7 @@ def test_names_cost_time_in_proportion_and_have_a_bound(tmp_path):
     path.write_bytes(crowd(MAX_NAMES // 2))
     with pytest.raises(CompressedFileError, match=f"at most {MAX_NAMES:,}"):
         decompress(path)
-    path.write_bytes(crowd(4 * MAX_NAMES))
+    path.write_bytes(crowd(16 * MAX_NAMES))
     with pytest.raises(CompressedFileError, match="a header of"):
         decompress(path)
 
