@@ -13,7 +13,7 @@ retrain: .venv
 
 test: .venv
 	$(ONE_THREAD) $(BIN)/nbdev_test --n_workers 2
-	$(ONE_THREAD) $(BIN)/pytest
+	$(ONE_THREAD) $(BIN)/pytest -n 2 --dist loadfile
 
 lenet: .venv
 	$(BIN)/papermill nbs/paper/lenet_regularizers.ipynb runs/lenet_regularizers.ipynb --log-output --no-progress-bar -p execute True -p save True

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 SECTIONS = {  # caption: patterns of its pages, in their order
     "Get started": ["nbs/index.ipynb", "nbs/tutorials/*.ipynb", "nbs/retrain.ipynb"],
     "Method": ["nbs/[013-9]*_*.ipynb"],
-    "The paper": ["figures/README.md", "nbs/paper/*.ipynb"],  # and every notebook of nbs/ that no section names
+    "The paper": ["figures/README.md", "figures/networks/README.md", "nbs/paper/*.ipynb"],  # and every notebook of nbs/ that no section names
     "Baselines": ["nbs/2*_*.ipynb"],
     "Reference": ["nbs/benchmarks*.ipynb", "api/index.md", "nbs/file_format.ipynb", "docs/*.md"],
 }

@@ -98,7 +98,7 @@ def test_a_target_ratio_lets_the_allocator_choose(two_runs, papermill, tmp_path)
     (dict(K="many"), "K='many' must be of type int"),
     (dict(data="mnistt"), "must be one of digits, mnist"),
     (dict(model="lenet6"), "must be one of lenet5"),
-    (dict(kind="soft"), "kind='soft' must be one of indicator"),
+    (dict(kind="soft"), "kind='soft' must be one of hard"),
     (dict(data="mnist", data_root="/nowhere"), "mnist was not found"),
     (dict(checkpoint="nowhere.safetensors"), "checkpoint='nowhere.safetensors' is no file"),
     (dict(retrain_images=10**6), "must be from 0 to the number of images"),
