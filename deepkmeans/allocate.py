@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from .accounting import compression, index_bits
 from .kmeans import decode, encode, kmeans
-from .models import logits_of
+from .retrain import heads
 from .rows import to_rows
 from .sharing import LAYERS, LayerPlan, Plan, _dense_layers, cluster_layers, make_plan, planned_layers, share_layers, side_by_side
 
@@ -43,9 +43,7 @@ def fisher(
     with _differentiable(model, weights):
         sums = [torch.zeros_like(w, dtype=torch.float64) for w in weights]
         for x in _few(loader, images, batch):
-            logits = logits_of(model(x.to(weights[0].device))).float()  # (b, classes)
-            if logits.dim() != 2:
-                raise ValueError(f"the network returns logits of shape {tuple(logits.shape)}, must be (b, classes)")
+            logits = heads(model(x.to(weights[0].device)))[0].float()  # (b, classes)
             y = torch.multinomial(logits.detach().softmax(1).cpu(), 1, generator=generator)[:, 0]  # (b,)
             loss = F.cross_entropy(logits, y.to(logits.device), reduction="sum")
             for total, gradient in zip(sums, torch.autograd.grad(loss, weights, allow_unused=True)):

@@ -25,8 +25,9 @@ from . import __version__
 from . import data as datasets
 from .accounting import compression
 from .allocate import allocate, named_plan
-from .codec import CODEBOOK_DTYPES, MAX_BYTES, decompress, inspect, load_compressed, place_for_file, save_compressed, write_file
+from .codec import CODEBOOK_DTYPES, MAX_BYTES, decompress, inspect, load_compressed, save_compressed
 from .energy import energy
+from .files import place_for_file, write_file
 from .models import MODELS, build, load_weights
 from .retrain import evaluate
 from .rows import LAYOUTS

@@ -6,14 +6,11 @@
 __all__ = ['PRECISION', 'MAX_K', 'STEP', 'DTYPES', 'DTYPE_NAMES', 'FLOATS', 'ARRAYS', 'MAX_HEADER', 'VERSION', 'MAX_NAMES',
            'MAX_DENSE', 'MAX_RATIO', 'MAX_BYTES', 'CODEBOOK_DTYPES', 'CompressedFileError', 'histogram_bytes',
            'histogram_weights', 'frequencies', 'pack_codes', 'unpack_codes', 'StoredLayer', 'Tables', 'decoded_bytes',
-           'file_bytes', 'save_compressed', 'place_for_file', 'write_file', 'Content', 'load_compressed', 'decompress',
-           'FileReport', 'inspect', 'report', 'file_rows']
+           'file_bytes', 'save_compressed', 'Content', 'load_compressed', 'decompress', 'FileReport', 'inspect',
+           'report', 'file_rows']
 
 # %% ../nbs/06_codec.ipynb #imports
 import json
-import os
-import secrets
-import shutil
 import warnings
 import zlib
 from collections import OrderedDict, defaultdict
@@ -29,6 +26,7 @@ import torch.nn as nn
 from constriction import stream
 from torch.nn.utils import parametrize
 
+from .files import place_for_file, write_file
 from .models import build
 from .rows import LAYOUTS, from_rows, row_length
 from .sharing import SharedWeight, as_text, shared_layers
@@ -527,45 +525,6 @@ def save_compressed(
     data = file_bytes(model, codebook_dtype=codebook_dtype, architecture=architecture)
     write_file(path, data)
     return len(data)
-
-# %% ../nbs/06_codec.ipynb #write
-def place_for_file(
-    path, # a file that is to be written
-    *inputs, # files that it must not replace
-) -> Path: # where it will lie, links followed
-    """Where a file can be written whole.
-
-    Raises `ValueError` for a missing folder, for what is there and is no regular file, and for one of the inputs.
-    """
-    place = Path(path).resolve()
-    if not place.parent.is_dir():
-        raise ValueError(f"path={str(path)!r} is in a folder that does not exist")
-    if place.exists() and not place.is_file():
-        raise ValueError(f"path={str(path)!r} is there already and is no regular file")
-    if any(place.exists() and Path(other).exists() and place.samefile(other) for other in inputs):
-        raise ValueError(f"path={str(path)!r} is the file that is read; it would be lost")
-    return place
-
-
-def write_file(
-    path, # the file to write
-    data, # its content, bytes
-):
-    """Write a file in one step: a failure leaves the old one, or none. Raises `ValueError` as `place_for_file` does and `OSError`."""
-    place = place_for_file(path)
-    part = place.with_name(f".{secrets.token_hex(8)}.part")
-    try:
-        with open(part, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if place.exists():
-            shutil.copymode(place, part)
-        os.replace(part, place)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None  # the name that the user knows
-    finally:
-        part.unlink(missing_ok=True)
 
 # %% ../nbs/06_codec.ipynb #content
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ import hashlib
 import http.client
 import io
 import os
-import secrets
 import warnings
 import zlib
 from dataclasses import dataclass
@@ -26,6 +25,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
+
+from .files import replacing
 
 # %% ../nbs/11_data.ipynb #random
 def _seed(*key):
@@ -248,16 +249,12 @@ def _from_cache(path, stamp): # → (images, labels, jpeg?) or None
 
 
 def _to_cache(path, stamp, images, labels, jpeg):
-    partial = path.with_suffix(f".{secrets.token_hex(4)}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"images": images, "labels": labels}, partial, metadata={"stamp": stamp, "jpeg": str(jpeg)})
-        os.replace(partial, path)
-    except (SafetensorError, OSError) as e:
+        with replacing(path) as part:
+            save_file({"images": images, "labels": labels}, part, metadata={"stamp": stamp, "jpeg": str(jpeg)})
+    except (SafetensorError, OSError, ValueError) as e:
         warnings.warn(f"decoded images could not be cached in {path.parent}: {e}")
-    finally:
-        if partial.is_file():
-            partial.unlink()
 
 
 def _cached(origin, stamp, read): # `read()` when the cache has nothing for this origin and stamp
@@ -532,6 +529,7 @@ class Loader:
         drop_last=False, # leave out a last batch that is not full?
         channels_last=True, # give images in channels_last memory order?
         workers=2, # processes that decode; only for Files
+        fingerprint="", # of the Data that the split is of; `train` compares it with that of its checkpoint
     ):
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1")
@@ -544,6 +542,7 @@ class Loader:
         self.split, self.batch_size, self.shuffle, self.augment = split.to(device), batch_size, shuffle, augment
         self.scale, self.shift = (1 / (255 * std)).to(device), (-mean / std).to(device)
         self.seed, self.epoch, self.device, self.drop_last, self.workers = seed, 0, torch.device(device), drop_last, workers
+        self.fingerprint = fingerprint
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
 
     def __len__(self):
@@ -575,5 +574,5 @@ def loaders(
     """The loaders of a set's two splits. `"crop-flip-contrast"` standardises each pixel, as its source does, everything else each channel."""
     augment = data.augment if augment is None else augment
     mean, std = pixel_stats(data.train.images) if augment == "crop-flip-contrast" else (data.mean, data.std)
-    common = dict(mean=mean, std=std, seed=seed, device=device, workers=workers)
+    common = dict(mean=mean, std=std, seed=seed, device=device, workers=workers, fingerprint=data.fingerprint)
     return Loader(data.train, batch_size, shuffle=True, augment=augment, **common), Loader(data.test, test_batch_size, **common)

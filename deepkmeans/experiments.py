@@ -21,6 +21,7 @@ from ast import literal_eval
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
 from difflib import get_close_matches
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from math import hypot, isnan
@@ -30,6 +31,8 @@ from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
+
+from .files import write_file
 
 # %% ../nbs/30_experiments.ipynb #user-error
 class UserError(ValueError):
@@ -74,9 +77,10 @@ PLACES = ("data_root", "out", "progress", "protocol")  # parameters that say whe
 
 def run_id(
     parameters, # {name: plain value}
+    fingerprint="", # of the data set, which a name or a path alone does not tell
 ) -> str: # 12 hexadecimal digits
-    """The identity of a run: a hash of its parameters but for PLACES; a `checkpoint` counts by its content."""
-    plain = {k: v for k, v in parameters.items() if k not in PLACES}
+    """The identity of a run: a hash of its parameters but for PLACES, and of its data; a `checkpoint` counts by its content."""
+    plain = {k: v for k, v in parameters.items() if k not in PLACES} | ({"fingerprint": fingerprint} if fingerprint else {})
     if plain.get("checkpoint") and Path(plain["checkpoint"]).is_file():  # neither a device nor a pipe
         plain["checkpoint"] = hashlib.sha256(Path(plain["checkpoint"]).read_bytes()).hexdigest()[:12]
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
@@ -92,9 +96,9 @@ def baseline_file(
 ) -> Path: # out/baselines/<id>.safetensors
     """Where the baseline of a run is kept, trained once for all runs that start from it: in the store, or among the committed networks."""
     keys = ("model", "data", "batch_size", "baseline_epochs", "baseline_lr", "weight_decay", "schedule", "seed", "device", "amp")
-    own = {key: parameters[key] for key in keys} | {"fingerprint": fingerprint}
+    own = {key: parameters[key] for key in keys}
     own["batch_size"] = parameters.get("baseline_batch_size") or own["batch_size"]
-    name = f"{run_id(own)}.safetensors"
+    name = f"{run_id(own, fingerprint)}.safetensors"
     committed = NETWORKS / name
     return committed if committed.exists() else Path(out) / "baselines" / name
 
@@ -131,16 +135,7 @@ def save_record(
     """Write `folder/record.json`, whole or not at all."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "record.json", json.dumps(record, indent=1, sort_keys=True, allow_nan=False) + "\n")
-
-
-def _write(path, text):  # whole or not at all
-    part = Path(f"{path}.{os.getpid()}.part")
-    try:
-        part.write_text(text)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_file(folder / "record.json", (json.dumps(record, indent=1, sort_keys=True, allow_nan=False) + "\n").encode())
 
 
 def read_records(
@@ -171,7 +166,7 @@ def pack_records(
     path, # file to write
 ):
     """Write records as JSON lines, one a run: what is committed beside a table."""
-    _write(path, "".join(json.dumps(r, sort_keys=True) + "\n" for r in records))
+    write_file(path, "".join(json.dumps(r, sort_keys=True) + "\n" for r in records).encode())
 
 # %% ../nbs/30_experiments.ipynb #child
 _CHILD = """
@@ -241,9 +236,12 @@ def lookup(
 ) -> list: # records in the order of the suite; None for a run that no store has
     """The records of a suite, without running anything; a record from before a parameter existed counts as one with its default.
 
-    Raises `UserError` for a parameter that the notebook does not have, or of another type.
+    Which data bore the name of the set then, the record tells (`dataset.fingerprint`). Raises `UserError` for a parameter that the notebook does not have, or of another type.
     """
-    defaults = notebook_parameters(notebook)
+    return _lookup(notebook_parameters(notebook), suite, stores)
+
+
+def _lookup(defaults, suite, stores):
     wanted = [run_id(_complete(defaults, parameters)) for parameters in suite]
     found = {run_id({**defaults, **r["parameters"]}): r for store in reversed(stores) for r in read_records(store) if isinstance(r.get("parameters"), dict)}
     return [found.get(identity) for identity in wanted]
@@ -275,20 +273,20 @@ def run(
 ): # a pandas frame, as `collect` gives it
     """Execute the runs of a suite that the store lacks, and return the records of all.
 
-    The executed notebook and the log of each process lie in the folder of its first run. Raises `UserError` for a parameter that the notebook does not have.
+    The executed notebooks and their logs lie in `out/notebooks`. Raises `UserError` for a parameter that the notebook does not have.
     """
     if jobs < 1:
         raise ValueError(f"jobs={jobs} must be at least 1")
     out, defaults = Path(out).resolve(), notebook_parameters(notebook)
-    missing = [_complete(defaults, p) for p, r in zip(suite, lookup(notebook, suite, [out])) if r is None]
+    missing = [_complete(defaults, p) for p, r in zip(suite, _lookup(defaults, suite, [out])) if r is None]
     places = {name: value for name, value in {"out": str(out), "progress": False}.items() if name in defaults}
     with _pool(jobs, scheduler) as pool, tqdm(total=len(suite), initial=len(suite) - len(missing), disable=not progress or not missing, unit="run", smoothing=0) as bar:
         futures = {}
         for group in _processes(missing, together):
-            files = [out / run_id(p) / "record.json" for p in group]
             given = {**group[0], **({together: [p[together][0] for p in group]} if together else {}), **places}
-            futures[pool.submit(execute, str(Path(notebook).resolve()), str(files[0].with_name("notebook.ipynb")), given)] = files
-        failures = _watch(futures, bar)
+            executed = out / "notebooks" / f"{run_id(group[0])}.ipynb"
+            futures[pool.submit(execute, str(Path(notebook).resolve()), str(executed), given)] = executed, group
+        failures = _watch(futures, partial(_lookup, defaults, stores=[out]), bar)
     for failure in failures:
         print(f"failed: {failure}")
     return collect(notebook, suite, [out])
@@ -319,17 +317,19 @@ def _pool(jobs, scheduler):
             pool.shutdown(cancel_futures=True)
 
 
-def _watch(futures, bar):
+def _watch(futures, found, bar):  # {future: (executed notebook, its parameter sets)} → what failed
     failures, waiting, before = [], set(futures), bar.n
     while waiting:
         done, waiting = wait(waiting, timeout=5, return_when=FIRST_COMPLETED)
         for future in done:
+            executed, group = futures[future]
             error = future.exception()
             message = str(error) if error else future.result()
-            if message or not all(file.exists() for file in futures[future]):
-                failures.append(f"{futures[future][0].with_name('notebook.ipynb')}: {message or 'it wrote no record'}")
+            if message or None in found(group):
+                failures.append(f"{executed}: {message or 'it wrote no record'}")
+        records = found([parameters for _, group in futures.values() for parameters in group])
         bar.set_postfix(running=sum(f.running() for f in waiting), failed=len(failures), refresh=False)
-        bar.update(before + sum(file.exists() for files in futures.values() for file in files) - bar.n)
+        bar.update(before + sum(record is not None for record in records) - bar.n)
         bar.refresh()
     return failures
 

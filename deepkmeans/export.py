@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from .codec import write_file
+from .files import write_file
 from .models import first_line
 from .rows import to_rows
 from .sharing import shared_layers, unshare

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'WRAPPERS', 'Enlarge', 'lenet5', 'tt_conv_cnn', 'freshnet_cnn', 'wide_resnet', 'googlenet', 'alexnet',
-           'googlenet_64', 'build', 'logits_of', 'load_weights', 'first_line']
+           'googlenet_64', 'build', 'load_weights', 'first_line']
 
 # %% ../nbs/10_models.ipynb #imports
 from collections import OrderedDict
-from collections.abc import Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import wraps
@@ -305,18 +304,6 @@ def _torchvision(name, num_classes, seed=0, **options):
         model = models.get_model(short, weights=None, num_classes=num_classes, **options)
     model.architecture = {"name": name, "num_classes": num_classes, **options}
     return model if seed is not None else model.to("meta")
-
-# %% ../nbs/10_models.ipynb #outputs
-def logits_of(
-    outputs, # what a network returned: a tensor, or a dictionary or (named) tuple of them
-) -> torch.Tensor:
-    """The logits among the outputs of a network: the field `logits`, else `out`, else the first. Raises `ValueError` where that is no tensor."""
-    fields = outputs if isinstance(outputs, Mapping) else outputs._asdict() if hasattr(outputs, "_asdict") else {}
-    named = [fields[name] for name in ("logits", "out") if name in fields]
-    first = next(iter(named or fields.values() or outputs), None) if isinstance(outputs, (Mapping, tuple, list)) else outputs
-    if not isinstance(first, torch.Tensor):
-        raise ValueError(f"the network returns a {type(outputs).__name__} without logits, must return a tensor, or a dictionary or tuple of them")
-    return first
 
 # %% ../nbs/10_models.ipynb #weights
 def load_weights(

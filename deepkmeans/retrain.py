@@ -8,7 +8,6 @@ __all__ = ['SCHEDULES', 'AUXILIARY', 'TEMPERATURE', 'TAUGHT', 'SHOWN_EVERY', 'he
 
 # %% ../nbs/04_retrain.ipynb #imports
 import json
-import os
 from collections.abc import Mapping
 from math import cos, isnan, pi
 from pathlib import Path
@@ -23,6 +22,8 @@ from safetensors.torch import save_file
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
+from .files import replacing
+
 # %% ../nbs/04_retrain.ipynb #heads
 def heads(
     output, # of a classifier: logits (b, classes), or a tuple or dict that holds some
@@ -33,7 +34,8 @@ def heads(
     found = [value for value in values if isinstance(value, torch.Tensor) and value.ndim == 2]
     main = [named[name] for name in ("logits", "out") if name in named]
     if not found:
-        raise ValueError(f"the network returned {type(output).__name__} without logits (b, classes)")
+        given = f"shape {tuple(output.shape)}" if isinstance(output, torch.Tensor) else f"a {type(output).__name__}"
+        raise ValueError(f"the network returned {given}, must return logits (b, classes), or a tuple or dict that holds some")
     return main + [logits for logits in found if not any(logits is m for m in main)]
 
 # %% ../nbs/04_retrain.ipynb #evaluate
@@ -143,10 +145,9 @@ def _load_optimizer(optimizer, tensors):
 def _save_checkpoint(path, parts, history, settings):  # parts: {what: {name: tensor}}
     tensors = {f"{what}.{name}": value for what, part in parts.items() for name, value in part.items()}
     own = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
-    part = Path(f"{path}.{os.getpid()}.part")  # runs that train one baseline at a time must not write one file
-    part.parent.mkdir(parents=True, exist_ok=True)
-    save_file(own, part, metadata={"history": json.dumps(history), "settings": json.dumps(settings)})
-    os.replace(part, path)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as part:
+        save_file(own, part, metadata={"history": json.dumps(history), "settings": json.dumps(settings)})
 
 # %% ../nbs/04_retrain.ipynb #checkpoint-load
 def _load_checkpoint(path, settings, device):  # {what: {name: tensor}}, history

@@ -122,7 +122,7 @@ def test_a_network_that_fails_keeps_its_mode_and_what_is_frozen():
         with pytest.raises((ValueError, RuntimeError), match=message):
             dk.fisher(net, data, ["0"])
         assert all(m.training for m in net.modules()) and not net[0].weight.requires_grad
-    with pytest.raises(ValueError, match=r"logits of shape \(2, 16, 6, 6\), must be"):
+    with pytest.raises(ValueError, match=r"returned shape \(2, 16, 6, 6\), must return logits"):
         dk.fisher(net[:1], [(torch.randn(2, 3, 8, 8), None)], ["0"])
 
 

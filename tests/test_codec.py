@@ -21,7 +21,8 @@ from torch.nn.utils.parametrizations import weight_norm
 from torchvision import models
 
 from deepkmeans import CompressedFileError, build, codec, compression, decompress, inspect, load_compressed, make_plan, save_compressed, share, unshare
-from deepkmeans.codec import MAX_HEADER, MAX_NAMES, decoded_bytes, file_bytes, write_file, _read
+from deepkmeans.codec import MAX_HEADER, MAX_NAMES, decoded_bytes, file_bytes, _read
+from deepkmeans.files import write_file
 from deepkmeans.kmeans import Clustering
 from deepkmeans.rows import row_length
 from deepkmeans.sharing import CONVOLUTIONS, share_layer, shared_layers

@@ -138,3 +138,27 @@ def test_the_gallery_knows_where_the_benchmark_comes_from(root):
     (section,) = [part for part in (root / "figures" / "README.md").read_text().split("\n## ") if part.startswith("The engine against its peers")]
     for name in ("benchmarks_cpu.csv", "benchmarks_cpu.png", "benchmarks_memory_cpu.csv", "benchmarks_networks_cpu.csv"):
         assert f"({name})" in section
+
+
+def _painted(folder, colour):
+    from PIL import Image
+
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            (folder / split / name).mkdir(parents=True, exist_ok=True)
+            for i in range(4):
+                Image.new("L", (28, 28), colour + i).save(folder / split / name / f"{i}.png")
+    return dk.load(str(folder), progress=False)
+
+
+def test_changed_images_under_the_same_path_are_another_run(tmp_path):
+    net = dk.build("lenet5", 2)
+    before = _painted(tmp_path / "images", 0)
+    common = dict(epochs=1, lr=0.01, checkpoint=tmp_path / "run.safetensors", progress=False)
+    dk.train(net, dk.loaders(before, 4)[0], **common)
+    after = _painted(tmp_path / "images", 100)
+    with pytest.raises(ValueError, match=f"other settings: loader=.*{before.fingerprint}.*not.*{after.fingerprint}"):
+        dk.train(net, dk.loaders(after, 4)[0], **common)
+    same = dict(data=str(tmp_path / "images"))
+    assert ex.run_id(same, before.fingerprint) != ex.run_id(same, after.fingerprint)
+    assert ex.run_id(same, before.fingerprint) == ex.run_id(same, before.fingerprint)
