@@ -90,7 +90,7 @@ def _load_penalty(penalty, state):
 # %% ../nbs/03_regularizer.ipynb #ramp
 def lasting_share(
     wish: torch.Tensor, # S, (n, d): what the optimizer wanted of each row beyond the mean of its cluster
-    agreement: float, # A: twice the inner products of the wishes of each look with those of two looks before and earlier
+    agreement: float, # A: twice the inner products of each look's wishes with those of two looks before and earlier
 ) -> float: # γ, 0 to 1
     """The share of a layer's wishes that lasts (5c)."""
     energy = float(wish.square().sum())
@@ -98,12 +98,13 @@ def lasting_share(
 
 # %% ../nbs/03_regularizer.ipynb #nearest
 def _nearest(rows, codebook, price):
-    """Codes (n,) of least squared distance plus price (k,): one more coordinate, 0 for the rows, its root for the centres."""
+    """Codes (n,) of least squared distance plus price (k,): one more coordinate, its root for the centres, 0 for rows."""
     priced = torch.cat([codebook, (price - price.min()).sqrt().unsqueeze(1).to(codebook)], 1)  # (k, d + 1)
     return encode(F.pad(rows, (0, 1)), priced)[0]
 
 # %% ../nbs/03_regularizer.ipynb #pinned-price
-def _pinned_price(rows, codebook, share):  # (k,): by how much zero must be made nearer so that the share of the rows goes there
+def _pinned_price(rows, codebook, share):
+    """By how much zero must be made nearer (k,) so that the share of the rows goes there."""
     price = rows.new_zeros(len(codebook), dtype=torch.float64)
     if share and len(codebook) > 1:
         distance = encode(rows, codebook[1:])[1]  # (n,)
@@ -202,7 +203,7 @@ def _listen(block):  # what was wished since the last look joins the rest
     block.old += block.last
     block.last, block.recent = block.recent, torch.zeros_like(block.recent)
     if not torch.isfinite(block.last.sum()):
-        raise FloatingPointError("the weights of a planned layer hold NaN or infinite values: the training has diverged")
+        raise FloatingPointError("a planned layer holds NaN or infinite values: the training has diverged")
 
 # %% ../nbs/03_regularizer.ipynb #view
 class _View(NamedTuple):
@@ -286,7 +287,8 @@ def _by_distance(blocks):  # codes of each layer of each block
     return [[_nearest_centres(view) for view in _views(block)] for block in blocks]
 
 # %% ../nbs/03_regularizer.ipynb #price
-TRIES, CLOSE = 4, 0.002  # prices tried at a look; how close to the wanted bits is close enough
+TRIES = 4  # prices that are tried at a look
+CLOSE = 0.002  # how close to the wanted bits is close enough, as a share
 
 
 class _Price:
@@ -294,7 +296,7 @@ class _Price:
 
     def __init__(self, blocks, bits):
         self.bits, self.mu = bits, 1.0
-        self.worth = [[_worth(v.places - v.codebook[v.codes]) for v in _views(block)] for block in blocks]  # σ of each layer
+        self.worth = [[_worth(view) for view in _views(block)] for block in blocks]  # σ of each layer
 
     def __call__(self, blocks):  # codes of each layer of each block
         views = [_views(block) for block in blocks]
@@ -311,7 +313,8 @@ class _Price:
         return _nearest(view.places, view.codebook, self.mu * worth * lengths)
 
 
-def _worth(residual):  # σ: by how much a row's squared distance falls for one more bit
+def _worth(view):  # σ: by how much a row's squared distance falls for one more bit
+    residual = view.places - view.codebook[view.codes]  # (n, d)
     return 2 * log(2) / residual.shape[1] * float(residual.square().sum(1).mean())
 
 # %% ../nbs/03_regularizer.ipynb #settle
@@ -326,19 +329,23 @@ def _to_means(blocks):  # each centre to the mean of its latent rows, pinned one
 # %% ../nbs/03_regularizer.ipynb #hard-state
 def _hard_state(hard):  # {name: tensor}
     state = {f"{name}.{field}": value for name, s in hard.states().items() for field, value in s._asdict().items()}
-    counters = torch.tensor([hard.steps, hard.moved])
-    return state | {"counters": counters} | ({"mu": torch.tensor(hard.price.mu, dtype=torch.float64)} if hard.price else {})
+    state["counters"] = torch.tensor([hard.steps, hard.moved])
+    if hard.price:
+        state["mu"] = torch.tensor(hard.price.mu, dtype=torch.float64)
+    return state
 
+# %% ../nbs/03_regularizer.ipynb #layer-state
+def _layer_state(state, name, own, k):  # what a state dict holds of a layer with at most k centres
+    taken = _State(*(state.get(f"{name}.{field}") for field in _State._fields))
+    n, d = own.latent.shape
+    if any(value is None for value in taken) or taken.latent.shape != (n, d) or len(taken.codebook) > k:
+        raise ValueError(f"the state is none of layer {name!r} with {n} rows of length {d} and at most {k} centres")
+    return taken
 
+# %% ../nbs/03_regularizer.ipynb #load-hard
 def _load_hard(hard, state):
-    states = {}
-    for name, own in hard.states().items():
-        taken = _State(*(state.get(f"{name}.{field}") for field in _State._fields))
-        n, d, k = *own.latent.shape, hard.plan[name].clusters(len(own.latent))
-        if any(value is None for value in taken) or taken.latent.shape != (n, d) or len(taken.codebook) > k:
-            raise ValueError(f"the state is none of layer {name!r} with {n} rows of length {d} and at most {k} centres")
-        states[name] = taken
-    hard.load(states)
+    own = hard.states()
+    hard.load({name: _layer_state(state, name, s, hard.plan[name].clusters(len(s.latent))) for name, s in own.items()})
     hard.steps, hard.moved = state["counters"].tolist()
     if hard.price:
         hard.price.mu = float(state["mu"])
@@ -352,12 +359,14 @@ KINDS = ("hard", "indicator", "spectral", "none")
 class Regularizer:
     """Re-training of the planned layers so that their rows lie on k shared centres.
 
-    `kind="hard"` puts each row on its centre at once and keeps it there: call `step(done)` after each step of the optimizer, whichever that is.
-    It ends with a network that `share(model, plan, codes=regularizer.codes())` only writes down. Make it before wrapping the model.
-    `"indicator"` (eq. 1) and `"spectral"` (eq. 4 to the letter) are penalties: add `penalty()` to the loss; `refresh()` is due every
-    `refresh_every` epochs (the paper's lazy update of F). `"none"` does nothing.
+    `kind="hard"` puts each row on its centre at once and keeps it there: call `step(done)` after each step of the
+    optimizer, whichever that is. It ends with a network that `share(model, plan, codes=regularizer.codes())` only
+    writes down. Make it before wrapping the model. `"indicator"` (eq. 1) and `"spectral"` (eq. 4 to the letter) are
+    penalties: add `penalty()` to the loss; `refresh()` is due every `refresh_every` epochs (the paper's lazy update
+    of F). `"none"` does nothing.
 
-    Raises `ValueError` for an unknown kind, a bad strength, layers that `share` would refuse, and `RuntimeError` for a call that the kind does not have.
+    Raises `ValueError` for an unknown kind, a bad strength and layers that `share` would refuse, and `RuntimeError`
+    for a call that the kind does not have.
     """
 
     def __init__(
@@ -367,20 +376,22 @@ class Regularizer:
         kind: str = "hard", # one of KINDS
         strength: float = 1e-4, # λ of "indicator" and "spectral"
         refresh_every: int = 5, # epochs between two updates of their F
-        bits: float | None = None, # for "hard": entropy of all codes, and 32 for each number of a codebook, that is kept to; None: layers keep their shares of pinned rows
+        bits: float | None = None, # for "hard": what all codes (entropy) and codebooks (32 a number) may take together
         seed: int = 0, # seed of the first clustering
         backend: str = "auto", # back end of the k-means
     ):
         _check(kind, strength, refresh_every, bits)
         self.layers = planned_layers(model, plan) if kind != "none" else {}
-        self.plan, self.kind, self.strength, self.refresh_every, self.bits, self.seed = plan, kind, strength, refresh_every, bits, seed
+        self.plan, self.kind, self.strength = plan, kind, strength
+        self.refresh_every, self.bits, self.seed = refresh_every, bits, seed
         if kind == "hard":
             found = cluster_layers(self.layers, plan, seed=seed, backend=backend)
             states = {name: _first_state(m.weight, plan[name], found[name]) for name, m in self.layers.items()}
             with torch.no_grad():
                 self._hard = _Hard(self.layers, plan, states, bits)
         else:
-            self._penalty = _Penalty(self.layers, plan, _Spectral if kind == "spectral" else _Indicator, strength, seed, backend)
+            projection = _Spectral if kind == "spectral" else _Indicator
+            self._penalty = _Penalty(self.layers, plan, projection, strength, seed, backend)
 
     def step(
         self,
@@ -406,11 +417,14 @@ class Regularizer:
 
     @torch.no_grad()
     def distortion(self) -> float:
-        """‖W − WFFᵀ‖²/‖W‖² over all planned layers: 0 where the rows lie on their centres, as with "hard" they always do."""
+        """‖W − WFFᵀ‖²/‖W‖² over all planned layers: 0 where the rows lie on their centres, as they do with "hard"."""
         if self.kind == "hard":
             return 0.0
-        energies = [(float(residual.square().sum()), float(rows.square().sum())) for rows, residual in self._penalty.residuals()]
-        return sum(e for e, _ in energies) / max(sum(e for _, e in energies), 1e-300)
+        away = total = 0.0
+        for rows, residual in self._penalty.residuals():
+            away += float(residual.square().sum())
+            total += float(rows.square().sum())
+        return away / max(total, 1e-300)
 
     def moved(self) -> float:
         """The share of all rows that "hard" has given another centre since this was last asked."""
@@ -420,7 +434,7 @@ class Regularizer:
         return moved / max(sum(len(block.codes) for block in self._hard.blocks), 1)
 
     def codes(self) -> dict[str, torch.Tensor]:
-        """{layer name: codes (n,)} for `share(codes=…)`: those of "hard"; those of the present weights for "indicator"; none of the other kinds."""
+        """{layer name: codes (n,)} for `share(codes=…)`: of "hard", and, from the present weights, of "indicator"."""
         if self.kind == "hard":
             return {name: state.codes.clone() for name, state in self._hard.states().items()}
         if self.kind == "indicator":
@@ -430,8 +444,8 @@ class Regularizer:
 
     def settings(self) -> dict:
         """What tells two regularizers apart, as plain data: all arguments and the plan."""
-        return dict(kind=self.kind, strength=self.strength, refresh_every=self.refresh_every, bits=self.bits, seed=self.seed,
-                    plan={name: asdict(layer) for name, layer in self.plan.items()})
+        own = {name: getattr(self, name) for name in ("kind", "strength", "refresh_every", "bits", "seed")}
+        return own | {"plan": {name: asdict(layer) for name, layer in self.plan.items()}}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """What a resumed training needs beside the weights and `settings`."""
@@ -439,13 +453,17 @@ class Regularizer:
 
     def load_state_dict(self, state: dict[str, torch.Tensor]):
         """Take up what `state_dict` gave. Raises `ValueError` for the state of another plan."""
-        (_load_hard if self.kind == "hard" else _load_penalty)(self._hard if self.kind == "hard" else self._penalty, state)
+        if self.kind == "hard":
+            _load_hard(self._hard, state)
+        else:
+            _load_penalty(self._penalty, state)
 
 # %% ../nbs/03_regularizer.ipynb #regularizer-check
 def _check(kind, strength, refresh_every, bits):
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} must be one of {', '.join(KINDS)}")
-    if kind in ("indicator", "spectral") and not (isinstance(strength, (int, float)) and strength >= 0 and isfinite(strength)):
+    number = isinstance(strength, (int, float)) and strength >= 0 and isfinite(strength)
+    if kind in ("indicator", "spectral") and not number:
         raise ValueError(f"strength={strength!r} must be a finite number, at least 0")
     if refresh_every < 1:
         raise ValueError(f"refresh_every={refresh_every} must be at least 1")
