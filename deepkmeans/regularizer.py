@@ -92,7 +92,7 @@ def lasting_share(
     wish: torch.Tensor, # S, (n, d): what the optimizer wanted of each row beyond the mean of its cluster
     agreement: float, # A: twice the inner products of each look's wishes with those of two looks before and earlier
 ) -> float: # γ, 0 to 1
-    """The share of a layer's wishes that lasts (5c)."""
+    """The share of a layer's wishes that lasts (H3)."""
     energy = float(wish.square().sum())
     return min(1.0, max(0.0, float(agreement)) / energy) if energy else 0.0
 
