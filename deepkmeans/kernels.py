@@ -317,12 +317,16 @@ def _depth(k):
 
 # %% ../nbs/50_kernels.ipynb #rows-class
 def _few(k, d):  # centres; are boxes not worth their while?
-    return k <= 32
+    return k <= (32 if d <= 6 else 256)
+
+# %% ../nbs/50_kernels.ipynb #halvings
+def _halvings(n, k):  # until a block has 64 to 256 rows, some four clusters
+    return max(0, ceil(log2(n / min(max(4 * n / k, 64), _BLOCK))))
 
 # %% ../nbs/50_kernels.ipynb #rows
 class _Rows:  # in blocks, and in what order the centres are searched
     def __init__(self, x, centres):  # (n, d) float32, (k, d) float64
-        few, halvings = _few(*centres.shape), max(0, ceil(log2(len(x) / _BLOCK)))
+        few, halvings = _few(*centres.shape), _halvings(len(x), len(centres))
         self.depth = 0 if few else _depth(len(centres))
         self.order = np.arange(len(x)) if few else tree_order(x, halvings)  # (n,)
         self.names = tree_order(centres.astype(np.float32), self.depth)  # (k,)

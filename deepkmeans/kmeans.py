@@ -326,7 +326,9 @@ def _sums(values, codes, k):  # sum of the values (m,) of each cluster, (k,) flo
 # %% ../nbs/01_kmeans.ipynb #means
 def _means(space, codes, k, around=None):  # `around`: centres near the means, to start from
     # (k, d) scaled, NaN for an empty cluster, and the weight of each (k,)
-    weight = torch.ones_like(codes, dtype=torch.float64) if space.weight is None else space.weight  # (n,)
+    weight = space.weight  # (n,)
+    if weight is None:
+        weight = torch.ones(1, dtype=torch.float64, device=codes.device).expand(len(codes))
     total = torch.zeros(space.rows.shape[1] + 1, k, dtype=torch.float64, device=codes.device)
     for a, b in _chunks(space.rows):
         values = space.scaled(space.rows[a:b]) - (space.shift if around is None else around[codes[a:b]])  # (m, d)
