@@ -33,7 +33,7 @@ _inline = _compiled(fastmath={"contract", "nsz", "nnan", "reassoc"}, forceinline
 _strict = _compiled(error_model="numpy", forceinline=True)  # in the order that is written
 _INF, _ZERO = np.float32(np.inf), np.float32(0)
 _LEAF = 16  # centres in a leaf
-_BLOCK = 256  # rows in a block, at most
+_BLOCK = 256  # rows in a block; known when the loops are compiled, or they do not become vectors
 _ALONE = 2**21  # pairs of row and centre up to which one thread works alone
 
 # %% ../nbs/50_kernels.ipynb #order
@@ -128,12 +128,11 @@ def _apart(corners, b, low, high, v):  # squared distance of the box of block b 
 @_quick
 def make_blocks(
     x, # (n, d) float32
-    count, # into so many blocks
 ):
-    """Rows less the mean of their block, coordinate by coordinate, (blocks, 3⌈d/3⌉, rows), their squares (blocks, rows),
-    the means (blocks, d), and the lower and upper corners (2, blocks, d). Room for a multiple of 32 rows; the rest is 0."""
-    (n, d), size = x.shape, ((len(x) + count - 1) // count + 31) // 32 * 32
-    columns, squares = np.zeros((count, (d + 2) // 3 * 3, size), np.float32), np.zeros((count, size), np.float32)
+    """Rows less the mean of their block, coordinate by coordinate, (blocks, 3⌈d/3⌉, 256), their squares (blocks, 256),
+    the means (blocks, d), and the lower and upper corners (2, blocks, d). Where there are fewer rows, the rest is 0."""
+    (n, d), count = x.shape, (len(x) + _BLOCK - 1) // _BLOCK
+    columns, squares = np.zeros((count, (d + 2) // 3 * 3, _BLOCK), np.float32), np.zeros((count, _BLOCK), np.float32)
     middle, corners = np.zeros((count, d)), np.full((2, count, d), _INF, np.float32)
     corners[1] = -_INF
     for b in range(count):
@@ -265,9 +264,9 @@ def assign(
 ):
     """Give each row its nearest centre."""
     columns, squares, middle, corners = blocks
-    (n, d), k, (_, width, size), leaves = x.shape, len(means), columns.shape, (len(low) + 1) // 2
-    depth, room, which = int(np.log2(leaves) + 0.5), np.zeros((4, size), np.float32), np.empty(size, np.int32)
-    best, second, sums, none, near = room[0], room[1], room[2], room[3], np.zeros(width, np.float32)
+    (n, d), k, leaves = x.shape, len(means), (len(low) + 1) // 2
+    depth, room, which = int(np.log2(leaves) + 0.5), np.zeros((4, _BLOCK), np.float32), np.empty(_BLOCK, np.int32)
+    best, second, sums, none, near = room[0], room[1], room[2], room[3], np.zeros(columns.shape[1], np.float32)
     stack, far, seen = np.empty(depth + 2, np.int64), np.empty(depth + 2, np.float32), np.empty(leaves, np.int64)
     for b in range(begin, end):
         lo, hi = n * b // len(columns), n * (b + 1) // len(columns)
@@ -317,21 +316,17 @@ def _depth(k):
 
 # %% ../nbs/50_kernels.ipynb #rows-class
 def _few(k, d):  # centres; are boxes not worth their while?
-    return k <= (32 if d <= 6 else 256)
-
-# %% ../nbs/50_kernels.ipynb #halvings
-def _halvings(n, k):  # until a block has 64 to 256 rows, some four clusters
-    return max(0, ceil(log2(n / min(max(4 * n / k, 64), _BLOCK))))
+    return k <= (512 if d <= 6 else 1024)
 
 # %% ../nbs/50_kernels.ipynb #rows
 class _Rows:  # in blocks, and in what order the centres are searched
     def __init__(self, x, centres):  # (n, d) float32, (k, d) float64
-        few, halvings = _few(*centres.shape), _halvings(len(x), len(centres))
+        few, halvings = _few(*centres.shape), max(0, ceil(log2(len(x) / 64)))
         self.depth = 0 if few else _depth(len(centres))
         self.order = np.arange(len(x)) if few else tree_order(x, halvings)  # (n,)
         self.names = tree_order(centres.astype(np.float32), self.depth)  # (k,)
         self.x, self.codes = x[self.order], np.full(len(x), -1)  # (n, d), (n,)
-        self.blocks = make_blocks(self.x, -(-len(x) // _BLOCK) if few else 2**halvings)
+        self.blocks = make_blocks(self.x)
 
     def assign(self, means, pool, others=np.empty(0, np.float32)):  # means (k, d) in tree order
         boxes = make_boxes(means.astype(np.float32), self.depth)
