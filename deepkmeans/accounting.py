@@ -130,7 +130,7 @@ def _counted_modules(model, scope, batchnorm):  # pairs of a name and a module
         if counted and _is_in_scope(name, module, scope):
             yield name, module
 
-
+# %% ../nbs/05_accounting.ipynb #is-in-scope
 def _is_in_scope(name, module, scope):
     if scope == "conv":
         return isinstance(module, CONVOLUTION_TYPES)
@@ -175,11 +175,11 @@ def _file_rows(model, modules, scope):
 
     return [_in_bits(row) for row in file_rows(model) if scope == "network" or _layer_of(row) in modules]
 
-
+# %% ../nbs/05_accounting.ipynb #layer-of
 def _layer_of(row):
     return f".{row['layer']}".partition(".parametrizations")[0][1:]
 
-
+# %% ../nbs/05_accounting.ipynb #in-bits
 def _in_bits(row):
     compressed = row["codebook"] + row["indexes"] + row["kept"]
     return dict(layer=row["layer"], k=row["k"], parameters=row["numbers"], dense_bits=8 * row["dense"],

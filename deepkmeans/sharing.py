@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['CONVOLUTIONS', 'TRANSPOSED', 'LAYERS', 'COLUMNS', 'LayerPlan', 'Plan', 'make_plan', 'Codes', 'SharedWeight',
-           'centroids', 'cluster', 'planned_layers', 'cluster_layers', 'side_by_side', 'share', 'share_layers',
-           'share_layer', 'SharingReport', 'as_text', 'shared_layers', 'unshare']
+           'centroids', 'cluster', 'planned_layers', 'cluster_layers', 'side_by_side', 'SharingReport', 'as_text',
+           'share', 'share_layers', 'share_layer', 'shared_layers', 'unshare']
 
 # %% ../nbs/02_sharing.ipynb #imports
 import shutil
 import sys
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 import torch
@@ -22,7 +22,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from tqdm import tqdm
 
-from .kmeans import Clustering, decode, kmeans
+from .kmeans import Clustering, kmeans
 from .rows import LAYOUTS, from_rows, to_rows
 
 # %% ../nbs/02_sharing.ipynb #layer-plan
@@ -123,7 +123,7 @@ def make_plan(
 def _patterns(given):
     return (given,) if isinstance(given, str) else tuple(given)
 
-
+# %% ../nbs/02_sharing.ipynb #match
 def _match(name, patterns):  # the name itself where it is among the patterns, else the first that matches, or None
     return name if name in patterns else next((p for p in patterns if fnmatchcase(name, p)), None)
 
@@ -165,7 +165,7 @@ def _dense_layers(model, plan, reasons):  # {name of each layer with a weight th
     dense = {name: m for name, m in model.named_modules() if name not in plan and _has_dense_weight(m)}
     return {name: reasons.get(name, _not_included(m)) for name, m in dense.items()}
 
-
+# %% ../nbs/02_sharing.ipynb #not-included
 def _not_included(module):
     return f"{type(module).__name__.removeprefix('Parametrized')} is not included"
 
@@ -288,12 +288,12 @@ def cluster(
         return _around_mean(rows, plan, codes, seed, backend, max_iter)
     return _from(rows, plan, codes, seed, backend, max_iter)
 
-# %% ../nbs/02_sharing.ipynb #from
+# %% ../nbs/02_sharing.ipynb #rows-to-cluster
 def _rows_to_cluster(weight, plan):  # (n, d), at least float32
     rows = to_rows(weight.detach(), plan.layout)
     return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
-
+# %% ../nbs/02_sharing.ipynb #from
 def _from(rows, plan, codes, seed, backend, max_iter):
     k = min(plan.clusters(len(rows)), len(rows))
     start = "k-means++"
@@ -358,11 +358,11 @@ def _not_numbers(weight):  # why a tensor cannot be clustered, or None
     if not torch.isfinite(weight).all():
         return "has a weight that holds NaN or infinite values"
 
-# %% ../nbs/02_sharing.ipynb #owners
+# %% ../nbs/02_sharing.ipynb #place
 def _place(tensor):  # where it begins in memory; what has no memory of its own is itself
     return tensor.data_ptr() or id(tensor)
 
-
+# %% ../nbs/02_sharing.ipynb #owners
 def _owners(model):  # {place: names of the parameters that begin there}; a module under two names counts once
     owners = defaultdict(list)
     for prefix, module in model.named_modules():
@@ -427,6 +427,56 @@ def _results(pool, call, weights, bar):  # {layer name: result}, in the order of
             raise
     return {name: jobs[name].result() for name in weights}
 
+# %% ../nbs/02_sharing.ipynb #describe
+def _describe(name, weight, plan, clustering):
+    rows = to_rows(weight.detach(), plan.layout)
+    return dict(layer=name, shape="×".join(map(str, weight.shape)), layout=plan.layout, n=len(rows), d=rows.shape[1],
+                k_wanted=plan.clusters(len(rows)), k=len(clustering.codebook), sparsity=plan.sparsity,
+                distortion=clustering.inertia / max(float(rows.double().square().sum()), 1e-300),
+                weight_saving=1 - len(clustering.codebook) / len(rows))
+
+# %% ../nbs/02_sharing.ipynb #make-report
+def _report(model, layers, plan, found):
+    rows = [_describe(name, module.weight, plan[name], found[name]) for name, module in layers.items()]
+    left_out = dict.fromkeys(dict(model.named_modules()), "not in the plan") | getattr(plan, "skipped", {})
+    return SharingReport(rows, _dense_layers(model, plan, left_out))
+
+# %% ../nbs/02_sharing.ipynb #sharingreport
+COLUMNS = ["layer", "shape", "layout", "n", "d", "k_wanted", "k", "sparsity", "distortion", "weight_saving"]
+
+
+@dataclass
+class SharingReport:
+    """What `share` did: a dict for each shared layer, and the reason for each weight that stayed dense."""
+    rows: list = field(default_factory=list)
+    skipped: dict = field(default_factory=dict)
+
+    @property
+    def layers(self):
+        """A pandas frame, one line a layer: n rows of length d, the k wanted and reached, sparsity p, the distortion
+        ‖W − Ŵ‖²/‖W‖² and 1 − k/n, the weight representational cost saved without indexes (paper, eq. 6, footnote 3)."""
+        import pandas as pd
+        return pd.DataFrame(self.rows, columns=COLUMNS).set_index("layer")
+
+    @property
+    def capped(self) -> list:
+        """Names of the layers whose k shrank to their number of distinct rows."""
+        return [r["layer"] for r in self.rows if r["k"] < r["k_wanted"]]
+
+    def __str__(self):
+        skipped = "".join(f"\nnot shared: {name} ({reason})" for name, reason in self.skipped.items())
+        return (as_text(self.layers) if self.rows else "no layer was shared") + skipped
+
+# %% ../nbs/02_sharing.ipynb #report
+def as_text(
+    frame, # a pandas frame
+    digits: str = "{:.4g}", # how a float is written
+) -> str:
+    """A table to print; on a terminal its columns are broken at the terminal's width."""
+    terminal = sys.stdout.isatty() and sys.__stdout__.isatty()  # and no notebook, nor a pipe behind a redirection
+    width = shutil.get_terminal_size().columns if terminal else None
+    return frame.to_string(float_format=digits.format, na_rep="–", line_width=width).replace("<NA>", "   –")
+
 # %% ../nbs/02_sharing.ipynb #share
 def share(
     model: nn.Module, # the network; changed in place
@@ -436,15 +486,14 @@ def share(
     seed: int | torch.Generator = 0, # seed of every layer's k-means; from a torch.Generator each draws its own
     backend: str = "auto", # back end of the k-means
     progress: bool = False, # show a progress bar?
-) -> "SharingReport":
+) -> SharingReport:
     """Share the weights of the planned layers in place and report what each got (paper, section 2.3).
 
     Each planned layer's `weight` becomes a `SharedWeight`. A k above the number of distinct rows shrinks to it
     (`report.capped`). Where `codes` are given, such as `Regularizer.codes()`, nothing is clustered: each centre is the
     mean of its rows, zero for code 0 of a layer with rows pinned to zero, and codes that no row has are left out.
-    Optimizers and their momenta are to be made afterwards: a codebook has another shape than its weight. Raises
-    `ValueError` for unknown or already shared layers, for weights that are tied to others, computed from others
-    (pruning, weight norm), complex or not finite. An error leaves the network unchanged.
+    Make optimizers afterwards: a codebook has another shape than its weight. Raises `ValueError` for unknown or shared
+    layers, and weights that are tied, computed from others, complex or not finite; the network is then unchanged.
     """
     layers = planned_layers(model, plan)
     given = _given(layers, plan, codes or {})
@@ -510,11 +559,11 @@ def share_layer(
         module.parametrizations.weight.original.copy_(clustering.codebook)
     module.parametrizations.weight.original.grad = None  # what there is has the shape of the weight
 
-# %% ../nbs/02_sharing.ipynb #restore
+# %% ../nbs/02_sharing.ipynb #state-of
 def _state_of(module):
     return module.weight, module.weight.data, module.weight.grad, dict(module._parameters)
 
-
+# %% ../nbs/02_sharing.ipynb #restore
 def _restore(module, weight, data, grad, parameters):  # a dense layer as it was, even where sharing stopped half way
     if parametrize.is_parametrized(module, "weight"):
         parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
@@ -523,56 +572,6 @@ def _restore(module, weight, data, grad, parameters):  # a dense layer as it was
     weight.grad = grad
     module._parameters.clear()
     module._parameters.update(parameters)  # in their order
-
-# %% ../nbs/02_sharing.ipynb #describe
-def _describe(name, weight, plan, clustering):
-    rows = to_rows(weight.detach(), plan.layout)
-    return dict(layer=name, shape="×".join(map(str, weight.shape)), layout=plan.layout, n=len(rows), d=rows.shape[1],
-                k_wanted=plan.clusters(len(rows)), k=len(clustering.codebook), sparsity=plan.sparsity,
-                distortion=clustering.inertia / max(float(rows.double().square().sum()), 1e-300),
-                weight_saving=1 - len(clustering.codebook) / len(rows))
-
-# %% ../nbs/02_sharing.ipynb #report-of
-def _report(model, layers, plan, found):
-    rows = [_describe(name, module.weight, plan[name], found[name]) for name, module in layers.items()]
-    left_out = dict.fromkeys(dict(model.named_modules()), "not in the plan") | getattr(plan, "skipped", {})
-    return SharingReport(rows, _dense_layers(model, plan, left_out))
-
-# %% ../nbs/02_sharing.ipynb #sharingreport
-COLUMNS = ["layer", "shape", "layout", "n", "d", "k_wanted", "k", "sparsity", "distortion", "weight_saving"]
-
-
-@dataclass
-class SharingReport:
-    """What `share` did: a dict for each shared layer, and the reason for each weight that stayed dense."""
-    rows: list = field(default_factory=list)
-    skipped: dict = field(default_factory=dict)
-
-    @property
-    def layers(self):
-        """A pandas frame, one line a layer: n rows of length d, the k wanted and reached, sparsity p, the distortion
-        ‖W − Ŵ‖²/‖W‖² and 1 − k/n, the weight representational cost saved without indexes (paper, eq. 6, footnote 3)."""
-        import pandas as pd
-        return pd.DataFrame(self.rows, columns=COLUMNS).set_index("layer")
-
-    @property
-    def capped(self) -> list:
-        """Names of the layers whose k shrank to their number of distinct rows."""
-        return [r["layer"] for r in self.rows if r["k"] < r["k_wanted"]]
-
-    def __str__(self):
-        skipped = "".join(f"\nnot shared: {name} ({reason})" for name, reason in self.skipped.items())
-        return (as_text(self.layers) if self.rows else "no layer was shared") + skipped
-
-# %% ../nbs/02_sharing.ipynb #report
-def as_text(
-    frame, # a pandas frame
-    digits: str = "{:.4g}", # how a float is written
-) -> str:
-    """A table to print; on a terminal its columns are broken at the terminal's width."""
-    terminal = sys.stdout.isatty() and sys.__stdout__.isatty()  # and no notebook, nor a pipe behind a redirection
-    width = shutil.get_terminal_size().columns if terminal else None
-    return frame.to_string(float_format=digits.format, na_rep="–", line_width=width).replace("<NA>", "   –")
 
 # %% ../nbs/02_sharing.ipynb #shared-layers
 def shared_layers(

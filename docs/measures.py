@@ -1,6 +1,6 @@
 """How small the pieces of this package are: `python docs/measures.py [notebook …]`, by default the whole repository.
 
-An exported cell is one that begins with `#| export` and holds more than imports; its directives are not counted as lines.
+An exported cell is one that begins with `#| export` and holds more than imports; directives are no lines of it.
 A definition is a function or class at the top level of such a cell. The 90th percentile (p90) is the nearest rank.
 """
 import ast
@@ -70,8 +70,10 @@ def main(given):
     print(f"exported cells: {len(exported)}; {spread([n_lines(source) for source in exported])}")
     print(f"definitions per exported cell: {len(definitions) / max(len(exported), 1):.2f}")
     print(f"top-level definitions: {len(definitions)}; {spread(definitions)}")
-    too_long = f"code lines over {WIDTH} characters: {long_lines(cells)} in {len(notebooks)} notebooks"
-    print(too_long + (f", {long_lines(t.read_text(encoding='utf-8') for t in tests)} in {len(tests)} test files" if tests else ""))
+    print(f"code lines over {WIDTH} characters: {long_lines(cells)} in {len(notebooks)} notebooks")
+    if tests:
+        found = long_lines(path.read_text(encoding="utf-8") for path in tests)
+        print(f"code lines over {WIDTH} characters: {found} in {len(tests)} test files")
 
 
 if __name__ == "__main__":
