@@ -21,8 +21,8 @@ FLOAT_BITS = 32
 
 
 def index_bits(
-    counts, # (k,) rows in each cluster
-    coding="entropy", # one of CODINGS
+    counts: torch.Tensor | list, # (k,) rows in each cluster
+    coding: str = "entropy", # one of CODINGS
 ) -> float: # bits of all indexes together
     """The bits of a layer's indexes: n·⌈log2 k⌉, n·log2 k, n·entropy or the length of their Huffman code.
 
@@ -30,18 +30,21 @@ def index_bits(
     """
     if coding not in CODINGS:
         raise ValueError(f"coding={coding!r} must be one of {', '.join(CODINGS)}")
-    counts = [c for c in torch.as_tensor(counts).tolist()]
-    n, k = sum(counts), len(counts)
-    if coding in ("fixed", "log2"):
-        return n * (ceil(log2(k)) if coding == "fixed" else log2(k))
+    counts = torch.as_tensor(counts).tolist()
+    n = sum(counts)
+    if coding == "fixed":
+        return n * ceil(log2(len(counts)))
+    if coding == "log2":
+        return n * log2(len(counts))
     used = [c for c in counts if c]
     return _huffman_bits(used) if coding == "huffman" else sum(c * log2(n / c) for c in used)
 
-
+# %% ../nbs/05_accounting.ipynb #huffman-bits
 def _huffman_bits(counts):
-    heap, bits = list(counts), 0
+    heap = list(counts)
     heapq.heapify(heap)
-    while len(heap) > 1:  # each merge adds one bit to every symbol below it
+    bits = 0
+    while len(heap) > 1:
         both = heapq.heappop(heap) + heapq.heappop(heap)
         bits += both
         heapq.heappush(heap, both)
@@ -80,75 +83,105 @@ class CompressionReport:
 
     def __str__(self):
         how = "bytes on disk" if self.coding == "file" else f"{self.coding} indexes"
-        return f"{self.ratio:.2f}× smaller: {self.dense_bits / 8192:,.1f} → {self.bits / 8192:,.1f} KiB ({how}, scope {self.scope})"
+        sizes = f"{self.dense_bits / 8192:,.1f} → {self.bits / 8192:,.1f} KiB"
+        return f"{self.ratio:.2f}× smaller: {sizes} ({how}, scope {self.scope})"
 
 # %% ../nbs/05_accounting.ipynb #compression
-CONVOLUTION_TYPES = (nn.modules.conv._ConvNd,)
-NORM_TYPES = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
-
-
 def compression(
-    model, # a network, shared or not
+    model: nn.Module, # a network, shared or not
     *,
-    coding="file", # "file": the bytes on disk, or how the bits of an index are counted: one of CODINGS
-    scope="network", # "network", "conv" (convolutions only) or the name of a layer
-    biases=True, # count biases?
-    batchnorm=None, # count the parameters of normalisation layers? None: where the coding is "file"
+    coding: str = "file", # "file": the bytes on disk, or how the bits of an index are counted: one of CODINGS
+    scope: str = "network", # "network", "conv" (convolutions only) or the name of a layer
+    biases: bool = True, # count biases?
+    batchnorm: bool | None = None, # count the parameters of normalisation layers? None: where the coding is "file"
 ) -> CompressionReport:
-    """What the network takes in bits, and how much smaller that is than 32 bits a parameter (paper, sections 2.3 and 4.1).
+    """What the network takes in bits, and how much smaller that is than 32 bits a parameter (sections 2.3 and 4.1).
 
-    With `coding="file"` everything that `save_compressed` would write is counted, in bytes on disk, against the same tensors as they are. A weight that is
-    computed from fewer numbers (`lowrank.RandomDictionary`) takes what these take, one that several layers use is counted with the first.
-    Raises `ValueError` for an unknown coding or scope, for a file without biases or normalisation, or when nothing is left to count.
+    With `coding="file"` everything that `save_compressed` would write is counted, in bytes on disk, against the same
+    tensors as they are. A weight that is computed from fewer numbers (`lowrank.RandomDictionary`) takes what these
+    take, one that several layers use is counted with the first. Raises `ValueError` for an unknown coding or scope,
+    for a file without biases or normalisation, or when nothing is left to count.
     """
-    if coding == "file" and (not biases or batchnorm is False):
-        raise ValueError(f"biases={biases} and batchnorm={batchnorm} must be True when coding='file': a file holds all that a layer has")
+    _check_file_holds_all(coding, biases, batchnorm)
     modules = dict(_counted_modules(model, scope, batchnorm or coding == "file"))
-    rows = _file_rows(model, modules, scope) if coding == "file" else _parameter_rows(model, modules, coding, biases)
+    file = coding == "file"
+    rows = _file_rows(model, modules, scope) if file else _parameter_rows(model, modules, coding, biases)
     if not rows:
         raise ValueError(f"scope={scope!r} holds no parameter to count")
     return CompressionReport(tuple(rows), coding, scope)
 
+# %% ../nbs/05_accounting.ipynb #check-file-holds-all
+def _check_file_holds_all(coding, biases, batchnorm):
+    if coding == "file" and (not biases or batchnorm is False):
+        raise ValueError(f"biases={biases} and batchnorm={batchnorm} must be True when coding='file': "
+                         "a file holds all that a layer has")
 
-def _counted_modules(model, scope, batchnorm):
+# %% ../nbs/05_accounting.ipynb #counted-modules
+CONVOLUTION_TYPES = (nn.modules.conv._ConvNd,)
+NORM_TYPES = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+
+
+def _counted_modules(model, scope, batchnorm):  # pairs of a name and a module
     owners = {name: m for name, m in model.named_modules() if "parametrizations" not in name.split(".")}
     if scope not in ("network", "conv", *owners):
         raise ValueError(f"scope={scope!r} must be 'network', 'conv' or the name of a layer")
     for name, module in owners.items():
-        wanted = scope == "network" or (isinstance(module, CONVOLUTION_TYPES) if scope == "conv" else name == scope)
-        if wanted and (batchnorm or not isinstance(module, NORM_TYPES)):
+        counted = batchnorm or not isinstance(module, NORM_TYPES)
+        if counted and _is_in_scope(name, module, scope):
             yield name, module
+
+# %% ../nbs/05_accounting.ipynb #is-in-scope
+def _is_in_scope(name, module, scope):
+    if scope == "conv":
+        return isinstance(module, CONVOLUTION_TYPES)
+    return scope in ("network", name)
 
 # %% ../nbs/05_accounting.ipynb #compression-rows
 def _parameter_rows(model, modules, coding, biases):
-    shared, counted, rows = shared_layers(model), set(), []
+    shared = shared_layers(model)
+    counted = set()
+    rows = []
     for name, module in modules.items():
-        plain = {id(p): p.numel() for key, p in module.named_parameters(recurse=False) if (biases or "bias" not in key) and id(p) not in counted}
-        row = _layer_bits(module, shared.get(name), coding, sum(plain.values()))
-        counted |= plain.keys()
+        named = module.named_parameters(recurse=False)
+        wanted = {id(p): p.numel() for key, p in named if biases or "bias" not in key}
+        plain = sum(wanted[p] for p in wanted.keys() - counted)  # parameters that stay as they are
+        counted |= wanted.keys()
+        row = _shared_bits(shared[name], coding, plain) if name in shared else _dense_bits(module, plain)
         if row["dense_bits"]:
             rows.append({"layer": name or type(module).__name__, **row})
     return rows
 
-
-def _layer_bits(module, shared, coding, plain):  # plain: how many parameters stay as they are
+# %% ../nbs/05_accounting.ipynb #shared-bits
+def _shared_bits(shared, coding, plain):
+    k = len(shared.counts)
+    weights = prod(shared.shape)
     kept = FLOAT_BITS * plain
-    if shared is None:
-        others = getattr(module, "parametrizations", nn.ModuleDict())  # a weight computed from what is learned: factors, hash buckets
-        dense = kept + FLOAT_BITS * sum(getattr(module, name).numel() for name in others)
-        kept += FLOAT_BITS * sum(p.numel() for p in others.parameters())
-        return dict(k=None, parameters=dense // FLOAT_BITS, dense_bits=dense, codebook_bits=0, index_bits=0, kept_bits=kept, bits=kept)
-    weights, k = prod(shared.shape), len(shared.counts)
     codebook = FLOAT_BITS * k * (weights // len(shared.codes))
     indexes = index_bits(shared.counts, coding)
     return dict(k=k, parameters=weights + plain, dense_bits=FLOAT_BITS * weights + kept, codebook_bits=codebook,
                 index_bits=indexes, kept_bits=kept, bits=codebook + indexes + kept)
 
+# %% ../nbs/05_accounting.ipynb #dense-bits
+def _dense_bits(module, plain):
+    computed = getattr(module, "parametrizations", nn.ModuleDict())  # weights that are computed from what is learned
+    parameters = plain + sum(getattr(module, name).numel() for name in computed)
+    kept = FLOAT_BITS * (plain + sum(p.numel() for p in computed.parameters()))
+    return dict(k=None, parameters=parameters, dense_bits=FLOAT_BITS * parameters, codebook_bits=0, index_bits=0,
+                kept_bits=kept, bits=kept)
 
+# %% ../nbs/05_accounting.ipynb #file-rows
 def _file_rows(model, modules, scope):
     from deepkmeans.codec import file_rows
 
-    layer = lambda row: f".{row['layer']}".partition(".parametrizations")[0][1:]  # what a weight is computed from stands in lines of its own
-    rows = [row for row in file_rows(model) if scope == "network" or layer(row) in modules]
-    return [dict(layer=row["layer"], k=row["k"], parameters=row["numbers"], dense_bits=8 * row["dense"], codebook_bits=8 * row["codebook"],
-                 index_bits=8 * row["indexes"], kept_bits=8 * row["kept"], bits=8 * (row["codebook"] + row["indexes"] + row["kept"])) for row in rows]
+    return [_in_bits(row) for row in file_rows(model) if scope == "network" or _layer_of(row) in modules]
+
+# %% ../nbs/05_accounting.ipynb #layer-of
+def _layer_of(row):
+    return f".{row['layer']}".partition(".parametrizations")[0][1:]
+
+# %% ../nbs/05_accounting.ipynb #in-bits
+def _in_bits(row):
+    compressed = row["codebook"] + row["indexes"] + row["kept"]
+    return dict(layer=row["layer"], k=row["k"], parameters=row["numbers"], dense_bits=8 * row["dense"],
+                codebook_bits=8 * row["codebook"], index_bits=8 * row["indexes"], kept_bits=8 * row["kept"],
+                bits=8 * compressed)

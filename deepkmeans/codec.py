@@ -15,7 +15,7 @@ import warnings
 import zlib
 from collections import OrderedDict, defaultdict
 from dataclasses import dataclass
-from math import inf, isfinite, log2, prod
+from math import inf, isfinite, prod
 from pathlib import Path
 from reprlib import Repr
 from typing import NamedTuple
@@ -35,12 +35,12 @@ from .sharing import SharedWeight, as_text, shared_layers
 class CompressedFileError(ValueError):
     """A file that is damaged, truncated, of another kind or version, or that does not fit the network."""
 
-
+# %% ../nbs/06_codec.ipynb #need
 def _need(condition, problem):
     if not condition:
         raise CompressedFileError(problem)
 
-
+# %% ../nbs/06_codec.ipynb #shown
 def _shown(value): # what a file holds, short enough for a message and without anything that a terminal would obey
     short = Repr()
     short.maxstring = short.maxother = 80
@@ -48,7 +48,7 @@ def _shown(value): # what a file holds, short enough for a message and without a
 
 # %% ../nbs/06_codec.ipynb #histogram
 def histogram_bytes(
-    counts, # (k,) rows in each cluster, below 2³¹
+    counts: np.ndarray, # (k,) rows in each cluster, below 2³¹
 ) -> np.ndarray: # (k,) uint8: 0 for an empty cluster, else 1 + 8e + m where (8 + m)·2^e is nearest to 8·count
     """The histogram, a byte for each cluster: floating-point numbers with 3 binary digits."""
     counts = np.asarray(counts, np.int64)  # (k,)
@@ -56,9 +56,9 @@ def histogram_bytes(
     digits = (8 * counts + (1 << e >> 1)) >> e  # (k,) 8 … 16
     return np.where(counts > 0, np.minimum(1 + 8 * e + digits - 8, 255), 0).astype(np.uint8)
 
-
+# %% ../nbs/06_codec.ipynb #histogram-weights
 def histogram_weights(
-    histogram, # (k,) uint8
+    histogram: np.ndarray, # (k,) uint8
 ) -> np.ndarray: # (k,) int64: eight times the counts, rounded
     """What the bytes of a histogram say, without a unit: only the proportions matter."""
     e, m = np.divmod(np.asarray(histogram, np.int64) - 1, 8)  # (k,)
@@ -69,7 +69,7 @@ PRECISION = 24  # binary digits of a frequency
 
 
 def frequencies(
-    weights, # (k,) integers ≥ 0, at least one above 0
+    weights: np.ndarray, # (k,) integers ≥ 0, at least one above 0
 ) -> tuple: # (u,) used clusters, (u,) int64 frequencies
     """The used clusters and their integer frequencies, each at least 1, which add up to 2²⁴."""
     used = np.flatnonzero(weights)  # (u,)
@@ -83,10 +83,10 @@ MAX_K = 2**22  # clusters of one layer
 
 
 def pack_codes(
-    codes, # (n,) integers in 0 … k - 1
-    k, # number of clusters
+    codes: np.ndarray, # (n,) integers in 0 … k - 1
+    k: int, # number of clusters
 ) -> tuple: # histogram (k,) uint8 or empty, words uint32
-    """The codes, entropy-coded under their histogram; under equal frequencies, without a histogram, where that is shorter.
+    """The codes, entropy-coded under their histogram; under equal frequencies, without it, where that is shorter.
 
     Raises `ValueError` when k is above `MAX_K` = 2²².
     """
@@ -94,40 +94,45 @@ def pack_codes(
         raise ValueError(f"k={k} must be at most {MAX_K}")
     codes = np.asarray(codes, np.int32)  # (n,)
     counts = np.bincount(codes, minlength=k)  # (k,)
-    size = lambda histogram: 8 * len(histogram) + _bits(counts, histogram, k)
-    histogram = min((np.empty(0, np.uint8), histogram_bytes(counts)), key=size)
+    histogram = _shortest_histogram(counts, k)
     used, f = _table(histogram, k)
     coder = stream.stack.AnsCoder()
     if len(used) > 1:
         coder.encode_reverse(np.searchsorted(used, codes).astype(np.int32), _distribution(f))
     return histogram, coder.get_compressed()
 
+# %% ../nbs/06_codec.ipynb #shortest-histogram
+def _shortest_histogram(counts, k):  # none, or a byte for each cluster
+    none = np.empty(0, np.uint8)
+    full = histogram_bytes(counts)
+    return none if _bits(counts, none, k) <= 8 * len(full) + _bits(counts, full, k) else full
 
-def _table(histogram, k):
-    return frequencies(histogram_weights(histogram) if len(histogram) else np.ones(k, np.int64))
-
-
-def _distribution(f):
-    return stream.model.Categorical((f - 1).astype(np.float32), perfect=False)
-
-
+# %% ../nbs/06_codec.ipynb #bits
 def _bits(counts, histogram, k):
     used, f = _table(histogram, k)
     return float(np.sum(counts[used] * (PRECISION - np.log2(f))))
+
+# %% ../nbs/06_codec.ipynb #code-table
+def _table(histogram, k):
+    return frequencies(histogram_weights(histogram) if len(histogram) else np.ones(k, np.int64))
+
+# %% ../nbs/06_codec.ipynb #distribution
+def _distribution(f):
+    return stream.model.Categorical((f - 1).astype(np.float32), perfect=False)
 
 # %% ../nbs/06_codec.ipynb #decoder
 STEP = 2**16  # codes that are decoded at a time
 
 
 def unpack_codes(
-    histogram, # (k,) uint8 or empty
-    words, # uint32
-    n, # number of codes
-    k, # number of clusters
+    histogram: np.ndarray, # (k,) uint8 or empty
+    words: np.ndarray, # uint32
+    n: int, # number of codes
+    k: int, # number of clusters
 ) -> np.ndarray: # (n,) int32
-    """The codes that were packed. Raises `CompressedFileError` when the words are no n codes, `MemoryError` when these do not fit.
+    """The codes that were packed.
 
-    The coder works in small steps: where it finds no memory, it ends the process.
+    Raises `CompressedFileError` when the words are no n codes, `MemoryError` when these do not fit.
     """
     _need(not len(histogram) or histogram.any(), "a histogram has no used cluster")
     used, f = _table(histogram, k)
@@ -136,15 +141,17 @@ def unpack_codes(
         _need(len(words) == 0, "codes of a single cluster need no words")
         return codes
     _need(len(words) == 0 or words[-1], "the last word of the codes is zero")
-    coder, distribution = stream.stack.AnsCoder(np.ascontiguousarray(words)), _distribution(f)
-    for at in range(0, n, STEP):
+    coder = stream.stack.AnsCoder(np.ascontiguousarray(words))
+    distribution = _distribution(f)
+    for at in range(0, n, STEP):  # in small steps: where the coder finds no memory, it ends the process
         codes[at:at + STEP] = used[coder.decode(distribution, min(STEP, n - at))]
     _need(coder.is_empty(), f"the words hold other than {n} codes")
     return codes
 
 # %% ../nbs/06_codec.ipynb #dtypes
 DTYPES = {"F64": torch.float64, "I64": torch.int64, "F32": torch.float32, "I32": torch.int32, "U32": torch.uint32,
-          "F16": torch.float16, "BF16": torch.bfloat16, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+          "F16": torch.float16, "BF16": torch.bfloat16, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+          "BOOL": torch.bool}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FLOATS = ("F64", "F32", "F16", "BF16")
 ARRAYS = {"histograms": "U8", "codes": "U32", "checksums": "U32"}
@@ -155,11 +162,11 @@ def _array_dtype(name):
     _need(name in ARRAYS, f"array {_shown(name)} is of no known kind")
     return ARRAYS[name]
 
-
+# %% ../nbs/06_codec.ipynb #to-bytes
 def _to_bytes(tensor):
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
-
+# %% ../nbs/06_codec.ipynb #from-bytes
 def _from_bytes(data, dtype, shape): # uint8 array, a key of DTYPES → tensor
     _need(dtype != "BOOL" or data.max(initial=0) <= 1, "a tensor of truth values holds others than 0 and 1")
     if not len(data):
@@ -167,35 +174,45 @@ def _from_bytes(data, dtype, shape): # uint8 array, a key of DTYPES → tensor
     return torch.from_numpy(data.copy()).view(DTYPES[dtype]).reshape(shape)
 
 # %% ../nbs/06_codec.ipynb #container
-MAX_HEADER = 2**20  # bytes
-
-
 def _container(arrays, metadata): # {name: bytes}, {str: str} → bytes
     sizes = {name: len(data) for name, data in arrays.items() if data}
     sizes["checksums"] = 4 * (len(sizes) + 1)
-    header, at = {"__metadata__": metadata}, 0
-    for name in sorted(sizes, key=lambda name: -DTYPES[_array_dtype(name)].itemsize):
-        dtype, end = _array_dtype(name), at + sizes[name]
-        header[name] = {"dtype": dtype, "shape": [sizes[name] // DTYPES[dtype].itemsize], "data_offsets": [at, end]}
-        at = end
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    if len(text) > MAX_HEADER:
-        raise ValueError(f"names and shapes of the network take {len(text):,} bytes, of which a file holds at most {MAX_HEADER:,}")
-    head = len(text).to_bytes(8, "little") + text
-    parts = {name: arrays.get(name, b"") for name in header if name != "__metadata__"}
+    entries = _entries(sizes)
+    head = _head({"__metadata__": metadata} | entries)
+    parts = {name: arrays.get(name, b"") for name in entries}
     sums = [zlib.crc32(head)] + [zlib.crc32(data) for name, data in parts.items() if name != "checksums"]
     parts["checksums"] = np.array(sums, "<u4").tobytes()
     return head + b"".join(parts.values())
+
+# %% ../nbs/06_codec.ipynb #entries
+def _entries(sizes): # {name: bytes of the array} → {name: its entry in the header}, in the order of the file
+    entries = {}
+    at = 0
+    for name in sorted(sizes, key=lambda name: -DTYPES[_array_dtype(name)].itemsize):
+        dtype = _array_dtype(name)
+        end = at + sizes[name]
+        entries[name] = {"dtype": dtype, "shape": [sizes[name] // DTYPES[dtype].itemsize], "data_offsets": [at, end]}
+        at = end
+    return entries
+
+# %% ../nbs/06_codec.ipynb #head
+MAX_HEADER = 2**20  # bytes
+
+
+def _head(header): # dict → its length and its text, padded to a multiple of eight bytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER:
+        raise ValueError(f"names and shapes of the network take {len(text):,} bytes, "
+                         f"of which a file holds at most {MAX_HEADER:,}")
+    return len(text).to_bytes(8, "little") + text
 
 # %% ../nbs/06_codec.ipynb #open-container
 VERSION = "1"
 
 
 def _open_container(data): # uint8 array → metadata, {name: uint8 array}
-    length = int.from_bytes(data[:8].tobytes(), "little") if len(data) > 8 else 0
-    _need(2 <= length <= min(len(data) - 8, MAX_HEADER),
-          f"no compressed file, or a part of one: a header of {length:,} bytes does not fit a file of {len(data):,} bytes")
+    length = _header_length(data)
     head, body = data[:8 + length], data[8 + length:]
     header = _json(head[8:].tobytes(), dict)
     metadata = header.pop("__metadata__", None)
@@ -203,22 +220,39 @@ def _open_container(data): # uint8 array → metadata, {name: uint8 array}
     version = metadata.get("version")
     _need(version == VERSION, f"version {_shown(version)} of the format is not known; this reader knows {VERSION!r}")
     arrays = _arrays(header, body)
-    sums = arrays.pop("checksums", np.empty(0, np.uint8))
-    _need(len(sums) == 4 * (len(arrays) + 1), "the list of checksums has a wrong length")
-    for name, part, wanted in zip(("header", *arrays), (head, *arrays.values()), sums.copy().view("<u4").tolist()):
-        _need(zlib.crc32(part) == wanted, f"{name} does not match its checksum")
+    _check_sums({"header": head} | arrays)
+    arrays.pop("checksums", None)
     return metadata, arrays
 
+# %% ../nbs/06_codec.ipynb #header-length
+def _header_length(data):
+    length = int.from_bytes(data[:8].tobytes(), "little") if len(data) > 8 else 0
+    _need(2 <= length <= min(len(data) - 8, MAX_HEADER),
+          f"no compressed file, or a part of one: a header of {length:,} bytes "
+          f"does not fit a file of {len(data):,} bytes")
+    return length
 
+# %% ../nbs/06_codec.ipynb #check-sums
+def _check_sums(parts): # {name: uint8 array}, the header first
+    sums = parts.get("checksums", np.empty(0, np.uint8))
+    parts = {name: part for name, part in parts.items() if name != "checksums"}
+    _need(len(sums) == 4 * len(parts), "the list of checksums has a wrong length")
+    for (name, part), wanted in zip(parts.items(), sums.copy().view("<u4").tolist()):
+        _need(zlib.crc32(part) == wanted, f"{name} does not match its checksum")
+
+# %% ../nbs/06_codec.ipynb #arrays
 def _arrays(header, body): # → {name: uint8 array}, one after the other and nothing else
-    arrays, at = {}, 0
+    arrays = {}
+    at = 0
     for name, entry in header.items():
         dtype = _array_dtype(name)
         shape = entry.get("shape") if isinstance(entry, dict) else None
         _need(_is_shape(shape) and len(shape) == 1, f"array {name!r} has no valid shape")
         end = at + shape[0] * DTYPES[dtype].itemsize
-        _need(entry == {"dtype": dtype, "shape": shape, "data_offsets": [at, end]}, f"array {name!r} does not follow the one before it")
-        arrays[name], at = body[at:end], end
+        follows = entry == {"dtype": dtype, "shape": shape, "data_offsets": [at, end]}
+        _need(follows, f"array {name!r} does not follow the one before it")
+        arrays[name] = body[at:end]
+        at = end
     _need(at == len(body), f"the header speaks of {at} bytes of arrays, but {len(body)} follow it")
     return arrays
 
@@ -232,28 +266,33 @@ def _json(text, kind): # bytes or str → a value of that type, or CompressedFil
     _need(isinstance(value, kind), f"the header holds a {type(value).__name__} instead of a {kind.__name__}")
     return value
 
-
-def _integer(digits): # arithmetic with numbers of thousands of digits takes long, and Python refuses to print them
+# %% ../nbs/06_codec.ipynb #integer
+def _integer(digits):
     if len(digits) > 20:
         raise ValueError(f"a number of {len(digits)} digits")
     return int(digits)
 
-
+# %% ../nbs/06_codec.ipynb #no-constant
 def _no_constant(name):
     raise ValueError(f"{name} is no number of JSON")
 
-
+# %% ../nbs/06_codec.ipynb #object
 def _object(pairs):
     value = dict(pairs)
     if len(value) < len(pairs):
         raise ValueError("a name stands twice in one object")
     return value
 
-
+# %% ../nbs/06_codec.ipynb #is-count
 def _is_count(value, least=0):
     return type(value) is int and least <= value < 2**40
 
+# %% ../nbs/06_codec.ipynb #is-shape
+def _is_shape(shape, least=0):
+    fits = isinstance(shape, list) and len(shape) <= 8 and all(_is_count(s, least) for s in shape)
+    return fits and prod(max(s, 1) for s in shape) < 2**40
 
+# %% ../nbs/06_codec.ipynb #is-name
 def _is_name(value): # without control characters, half surrogates and what turns the direction of writing
     return isinstance(value, str) and value.isprintable()
 
@@ -272,30 +311,34 @@ class StoredLayer(NamedTuple):
     words: int # 32-bit words of codes
 
     @property
-    def d(self): return prod(self.shape) // self.n
+    def d(self):
+        return prod(self.shape) // self.n
 
     @property
-    def codebook_bytes(self): return (self.k - self.pinned) * self.d * DTYPES[self.stored].itemsize
+    def codebook_bytes(self):
+        return (self.k - self.pinned) * self.d * DTYPES[self.stored].itemsize
 
     @property
-    def index_bytes(self): return self.histogram * self.k + 4 * self.words
+    def index_bytes(self):
+        return self.histogram * self.k + 4 * self.words
 
-
+# %% ../nbs/06_codec.ipynb #stored-layer
 def _stored_layer(line): # a line of the table → StoredLayer, checked by itself
-    _need(isinstance(line, list) and len(line) == len(StoredLayer._fields), "a line of the table of layers has a wrong length")
+    complete = isinstance(line, list) and len(line) == len(StoredLayer._fields)
+    _need(complete, "a line of the table of layers has a wrong length")
     layer = StoredLayer(*line)
     _need(_is_name(layer.name), f"layer {_shown(layer.name)} has no valid name")
     _need(_is_shape(layer.shape, 1) and len(layer.shape) > 1, f"layer {layer.name!r} has no valid shape")
-    _need(layer.layout in LAYOUTS and layer.dtype in FLOATS and layer.stored in FLOATS, f"layer {layer.name!r} has an unknown layout or type")
-    numbers = layer.n, layer.k, layer.pinned, layer.histogram, layer.words
-    _need(all(map(_is_count, numbers)) and max(layer.pinned, layer.histogram) <= 1 and 1 <= layer.k <= MAX_K
-          and layer.n * row_length(layer.shape, layer.layout) == prod(layer.shape), f"layer {layer.name!r} has numbers that do not fit its shape")
+    known = layer.layout in LAYOUTS and layer.dtype in FLOATS and layer.stored in FLOATS
+    _need(known, f"layer {layer.name!r} has an unknown layout or type")
+    _need(_has_fitting_numbers(layer), f"layer {layer.name!r} has numbers that do not fit its shape")
     return layer
 
-
-def _is_shape(shape, least=0):
-    fits = isinstance(shape, list) and len(shape) <= 8 and all(_is_count(s, least) for s in shape)
-    return fits and prod(max(s, 1) for s in shape) < 2**40
+# %% ../nbs/06_codec.ipynb #has-fitting-numbers
+def _has_fitting_numbers(layer):
+    numbers = layer.n, layer.k, layer.pinned, layer.histogram, layer.words
+    bounded = all(map(_is_count, numbers)) and max(layer.pinned, layer.histogram) <= 1 and 1 <= layer.k <= MAX_K
+    return bounded and layer.n * row_length(layer.shape, layer.layout) == prod(layer.shape)
 
 # %% ../nbs/06_codec.ipynb #table-class
 MAX_NAMES = 2**12  # tensors, shared layers and ties of one file
@@ -313,27 +356,45 @@ class Tables(NamedTuple):
         kinds |= {name: (tuple(shape), DTYPES[dtype]) for name, (dtype, shape) in self.tensors.items()}
         return kinds | {name: kinds[owner] for name, owner in self.ties.items()}, self.ties
 
-
+# %% ../nbs/06_codec.ipynb #join
 def _join(layer, name):
     return f"{layer}.{name}" if layer else name
 
 # %% ../nbs/06_codec.ipynb #read-tables
 def _tables(metadata): # → Tables, checked by themselves
-    read = lambda name, kind, missing: _json(metadata[name], kind) if name in metadata else missing
-    columns, *lines = read("layers", list, []) or [list(StoredLayer._fields)]
-    _need(columns == list(StoredLayer._fields), "the table of layers has unknown columns")
-    table, ties, architecture = read("tensors", dict, {}), read("ties", dict, {}), read("architecture", dict, None)
+    lines = _layer_lines(metadata)
+    table = _table_in(metadata, "tensors", dict, {})
+    ties = _table_in(metadata, "ties", dict, {})
+    architecture = _table_in(metadata, "architecture", dict, None)
     count = len(lines) + len(ties) + sum(len(part) for part in table.values() if isinstance(part, list))
-    _need(count <= MAX_NAMES, f"{count:,} names, of which a file has at most {MAX_NAMES:,}")  # before any of them is looked at
-    layers, tensors = [_stored_layer(line) for line in lines], list(_tensor_lines(table))
-    names = {_join(layer.name, "weight") for layer in layers} | {name for name, _ in tensors}
-    _need(len(names) == len(layers) + len(tensors), "a name stands twice in the tables")
-    _need(all(_is_name(name) and name not in names for name in ties), "the table of ties has a name that is none or stands elsewhere")
-    _need(all(isinstance(owner, str) and owner in names for owner in ties.values()), "the table of ties names what is not there")
-    _need(architecture is None or _is_architecture(architecture), f"the architecture in the file, {_shown(architecture)}, is none")
+    _need(count <= MAX_NAMES, f"{count:,} names, of which a file has at most {MAX_NAMES:,}")
+    layers = [_stored_layer(line) for line in lines]
+    tensors = list(_tensor_lines(table))
+    _check_unique([_join(layer.name, "weight") for layer in layers] + [name for name, _ in tensors], ties)
+    known = architecture is None or _is_architecture(architecture)
+    _need(known, f"the architecture in the file, {_shown(architecture)}, is none")
     return Tables(layers, dict(tensors), ties, architecture)
 
+# %% ../nbs/06_codec.ipynb #table-in
+def _table_in(metadata, name, kind, missing):
+    return _json(metadata[name], kind) if name in metadata else missing
 
+# %% ../nbs/06_codec.ipynb #layer-lines
+def _layer_lines(metadata): # the table of layers without its first line, the columns
+    columns, *lines = _table_in(metadata, "layers", list, []) or [list(StoredLayer._fields)]
+    _need(columns == list(StoredLayer._fields), "the table of layers has unknown columns")
+    return lines
+
+# %% ../nbs/06_codec.ipynb #check-unique
+def _check_unique(listed, ties):
+    names = set(listed)
+    _need(len(names) == len(listed), "a name stands twice in the tables")
+    new = all(_is_name(name) and name not in names for name in ties)
+    _need(new, "the table of ties has a name that is none or stands elsewhere")
+    known = all(isinstance(owner, str) and owner in names for owner in ties.values())
+    _need(known, "the table of ties names what is not there")
+
+# %% ../nbs/06_codec.ipynb #tensor-lines
 def _tensor_lines(table): # yields (name, (type, shape))
     for dtype, lines in table.items():
         _need(dtype in DTYPES and isinstance(lines, list), "the table of tensors has an unknown type")
@@ -342,29 +403,31 @@ def _tensor_lines(table): # yields (name, (type, shape))
             _need(_is_name(line[0]) and _is_shape(line[1]), f"tensor {_shown(line[0])} has no valid name or shape")
             yield line[0], (dtype, line[1])
 
+# %% ../nbs/06_codec.ipynb #is-architecture
+def _is_architecture(value):
+    if not isinstance(value, dict) or "seed" in value or not _is_name(value.get("name")):
+        return False
+    return all(_is_name(key) and _is_number(v) for key, v in value.items() if key != "name")
 
-def _is_architecture(value): # a name, and options that are plain numbers
-    options = {key: v for key, v in value.items() if key != "name"} if isinstance(value, dict) else {"seed": value}
-    return "seed" not in options and _is_name(value.get("name")) and all(_is_name(key) and _is_number(v) for key, v in options.items())
-
-
+# %% ../nbs/06_codec.ipynb #is-number
 def _is_number(value):
     return type(value) is bool or (type(value) is float and isfinite(value)) or (_is_count(value) and value < 2**31)
 
 # %% ../nbs/06_codec.ipynb #bound
-MAX_DENSE, MAX_RATIO = 2**23, 1024
+MAX_DENSE = 2**23  # bytes that any file may decode to
+MAX_RATIO = 1024  # or so many times its own
 MAX_BYTES = 4 * 2**30  # the default of `max_bytes`
 
 
 def decoded_bytes(
-    tables, # Tables
-) -> int:
+    tables: Tables, # of a file
+) -> int: # bytes
     """What the network takes in memory once it is read: its dense tensors, under all of their names, and the codes."""
     kinds, _ = tables.outline()
     dense = sum(prod(shape) * dtype.itemsize for shape, dtype in kinds.values())
     return dense + sum(4 * layer.n for layer in tables.layers)
 
-
+# %% ../nbs/06_codec.ipynb #check-size
 def _check_size(tables, stored, error=CompressedFileError, max_bytes=inf):
     size = decoded_bytes(tables)
     if size > max(MAX_DENSE, MAX_RATIO * stored):
@@ -380,22 +443,23 @@ def _state(model): # {name in the dense network: tensor, or module whose weight 
     dense = {name: t for name, t in model.state_dict(keep_vars=True).items() if _parametrized(name) not in shared}
     return dense | {_join(name, "weight"): m for name, m in shared.items()}
 
-
+# %% ../nbs/06_codec.ipynb #parametrized
 def _parametrized(name): # "conv.parametrizations.weight.original" → "conv"; None for other names
     layer, inside, _ = f".{name}".rpartition(".parametrizations.weight.")
     return layer.removeprefix(".") if inside else None
 
-
+# %% ../nbs/06_codec.ipynb #kind
 def _kind(item): # tensor, or module whose weight is shared → shape, type
     if isinstance(item, nn.Module):
         return tuple(item.parametrizations.weight[0].shape), item.parametrizations.weight.original.dtype
     return tuple(getattr(item, "shape", ())), getattr(item, "dtype", None)
 
-
+# %% ../nbs/06_codec.ipynb #outline
 def _outline(state): # → {name: (shape, type)}, {further name: first name of the same thing}
     first = {}
     owners = {name: first.setdefault(id(item), name) for name, item in state.items()}
-    return {name: _kind(item) for name, item in state.items()}, {name: owner for name, owner in owners.items() if name != owner}
+    ties = {name: owner for name, owner in owners.items() if name != owner}
+    return {name: _kind(item) for name, item in state.items()}, ties
 
 # %% ../nbs/06_codec.ipynb #stored
 CODEBOOK_DTYPES = {None: None, "float32": torch.float32, "float16": torch.float16}
@@ -404,8 +468,11 @@ CODEBOOK_DTYPES = {None: None, "float32": torch.float32, "float16": torch.float1
 def _store_layer(name, module, dtype, arrays): # appends to the arrays; → StoredLayer
     if len(module.parametrizations.weight) > 1:
         raise ValueError(f"layer {name!r} has another parametrization on its shared weight, which a file cannot hold")
-    weight, own = module.parametrizations.weight[0], module.parametrizations.weight.original.detach()
-    codebook, k, pinned = _rounded(own, dtype or own.dtype, name), len(weight.counts), int(weight.pinned)
+    weight = module.parametrizations.weight[0]
+    own = module.parametrizations.weight.original.detach()
+    codebook = _rounded(own, dtype or own.dtype, name)
+    k = len(weight.counts)
+    pinned = int(weight.pinned)
     histogram, words = pack_codes(weight.codes.cpu().numpy(), k)
     stored = DTYPE_NAMES[codebook.dtype]
     arrays[f"codebooks.{stored}"] += _to_bytes(codebook[pinned:])
@@ -414,17 +481,18 @@ def _store_layer(name, module, dtype, arrays): # appends to the arrays; → Stor
     return StoredLayer(name, list(weight.shape), weight.layout, len(weight.codes), k, pinned,
                        DTYPE_NAMES[own.dtype], stored, int(len(histogram) > 0), len(words))
 
-
-def _rounded(codebook, dtype, name): # with no error above that of rounding the largest number, as in the range of the type
+# %% ../nbs/06_codec.ipynb #rounded
+def _rounded(codebook, dtype, name):
     rounded = codebook.to(dtype)
     if not torch.isfinite(rounded).all():
         raise ValueError(f"the codebook of layer {name!r} is not finite in {dtype}")
     largest = codebook.abs().max().double()
     if (rounded.double() - codebook.double()).abs().max() > largest * torch.finfo(dtype).eps / 2:
-        raise ValueError(f"the codebook of layer {name!r} is too small for {dtype}: its largest number is {largest:.3g}")
+        raise ValueError(f"the codebook of layer {name!r} is too small for {dtype}: "
+                         f"its largest number is {largest:.3g}")
     return rounded
 
-
+# %% ../nbs/06_codec.ipynb #store-tensor
 def _store_tensor(name, tensor, arrays): # appends to the arrays; → type, shape
     if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.dtype not in DTYPE_NAMES:
         raise ValueError(f"{name!r} is a {getattr(tensor, 'dtype', type(tensor).__name__)}, which a file cannot hold")
@@ -436,28 +504,37 @@ def _store_tensor(name, tensor, arrays): # appends to the arrays; → type, shap
 
 # %% ../nbs/06_codec.ipynb #file-bytes
 def file_bytes(
-    model, # a shared network
+    model: nn.Module, # a shared network
     *,
-    codebook_dtype=None, # "float32" or "float16": type of the codebooks in the file; None: the type that they have
-    architecture=None, # {"name": …, options} from which `build` makes the network; None: what the network remembers
+    codebook_dtype: str | None = None, # "float32" or "float16": type of the codebooks in the file; None: that they have
+    architecture: dict | None = None, # {"name": …, options} for `build`; None: what the network remembers
 ) -> bytes:
     """The content of the file that `save_compressed` writes. Raises `ValueError` as it does."""
     if codebook_dtype not in CODEBOOK_DTYPES:
         raise ValueError(f"codebook_dtype={codebook_dtype!r} must be None, 'float32' or 'float16'")
-    state, arrays, layers, tensors = _state(model), defaultdict(bytearray), [], {}
+    state = _state(model)
     kinds, ties = _outline(state)
     _check_names(kinds)
-    for name in [name for name in state if name not in ties]:
-        if isinstance(state[name], nn.Module):
-            layer = name.removesuffix("weight").removesuffix(".")
-            layers.append(_store_layer(layer, state[name], CODEBOOK_DTYPES[codebook_dtype], arrays))
-        else:
-            tensors[name] = _store_tensor(name, state[name], arrays)
+    arrays = defaultdict(bytearray)
+    first = {name: item for name, item in state.items() if name not in ties}
+    layers, tensors = _store(first, CODEBOOK_DTYPES[codebook_dtype], arrays)
     tables = Tables(layers, tensors, ties, _architecture(model, architecture, kinds, ties))
     _check_size(tables, sum(map(len, arrays.values())), ValueError)
     return _container(arrays, _metadata(tables))
 
+# %% ../nbs/06_codec.ipynb #store
+def _store(state, dtype, arrays): # appends to the arrays; → list of StoredLayer, {name: (type, shape)}
+    layers = []
+    tensors = {}
+    for name, item in state.items():
+        if isinstance(item, nn.Module):
+            layer = name.removesuffix("weight").removesuffix(".")
+            layers.append(_store_layer(layer, item, dtype, arrays))
+        else:
+            tensors[name] = _store_tensor(name, item, arrays)
+    return layers, tensors
 
+# %% ../nbs/06_codec.ipynb #check-names
 def _check_names(names):
     if len(names) > MAX_NAMES:
         raise ValueError(f"the network has {len(names):,} tensors, of which a file holds at most {MAX_NAMES:,}")
@@ -465,21 +542,22 @@ def _check_names(names):
         if not _is_name(name):
             raise ValueError(f"{name!r} has characters that cannot be printed, which a file cannot hold")
 
-
+# %% ../nbs/06_codec.ipynb #metadata
 def _metadata(tables): # → {str: str}
     by_type = defaultdict(list)
     for name, (dtype, shape) in tables.tensors.items():
         by_type[dtype].append([name, shape])
     parts = tables._replace(layers=[StoredLayer._fields, *tables.layers], tensors=by_type)._asdict()
-    compact = lambda value: json.dumps(value, separators=(",", ":"), ensure_ascii=False)
-    return {"format": "deepkmeans", "version": VERSION} | {name: compact(part) for name, part in parts.items() if part}
+    texts = {name: json.dumps(part, separators=(",", ":"), ensure_ascii=False) for name, part in parts.items() if part}
+    return {"format": "deepkmeans", "version": VERSION} | texts
 
 # %% ../nbs/06_codec.ipynb #blank
-def _blank(architecture, kinds): # the network of that name without memory, in the floating type of the outline's first parameter
+def _blank(architecture, kinds): # without memory, in the floating type of the outline's first parameter
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what torchvision will do with weights that are not made here
         model = build(**architecture, seed=None)
-    _, dtype = kinds.get(next((name for name, _ in model.named_parameters()), None), ((), None))
+    first = next((name for name, _ in model.named_parameters()), None)
+    _, dtype = kinds.get(first, ((), None))
     return model.to(dtype) if DTYPE_NAMES.get(dtype) in FLOATS else model
 
 # %% ../nbs/06_codec.ipynb #architecture
@@ -497,7 +575,7 @@ def _architecture(model, given, *outline): # what `build` makes this network fro
                       "the file will not name it and load_compressed needs its argument model")
     return None if problem else named
 
-
+# %% ../nbs/06_codec.ipynb #misfit
 def _misfit(named, outline): # why `build` does not make a network of that outline from the name, or None
     if not _is_architecture(named):
         return "its options are not all numbers"
@@ -509,17 +587,18 @@ def _misfit(named, outline): # why `build` does not make a network of that outli
 
 # %% ../nbs/06_codec.ipynb #save
 def save_compressed(
-    model, # a network, shared or not
-    path, # the file to write; an existing file is replaced in one step
+    model: nn.Module, # a network, shared or not
+    path: str | Path, # the file to write; an existing file is replaced in one step
     *,
-    codebook_dtype=None, # "float32" or "float16": type of the codebooks in the file; None: the type that they have
-    architecture=None, # {"name": …, options} from which `build` makes the network; None: what the network remembers
+    codebook_dtype: str | None = None, # "float32" or "float16": type of the codebooks in the file; None: that they have
+    architecture: dict | None = None, # {"name": …, options} for `build`; None: what the network remembers
 ) -> int: # bytes written
     """Write the network to a compressed file.
 
-    Raises `ValueError` for a tensor that a file cannot hold, for codebooks that `codebook_dtype` cannot hold, for an `architecture`
-    that is another network and for a `path` where no file can stand; `OSError` when it cannot be written; an old file is then still
-    there. Warns when the network was changed so that the file cannot name its architecture.
+    Raises `ValueError` for a tensor that a file cannot hold, for codebooks that `codebook_dtype` cannot hold, for an
+    `architecture` that is another network and for a `path` where no file can stand; `OSError` when it cannot be
+    written; an old file is then still there. Warns when the network was changed so that the file cannot name its
+    architecture.
     """
     place_for_file(path)
     data = file_bytes(model, codebook_dtype=codebook_dtype, architecture=architecture)
@@ -539,7 +618,7 @@ class Content:
         _, histogram, words = self.parts[layer.name]
         return torch.from_numpy(unpack_codes(histogram, words, layer.n, layer.k))
 
-
+# %% ../nbs/06_codec.ipynb #read
 def _read(source, max_bytes): # path or bytes → Content
     if isinstance(source, bytes):
         return _content(np.frombuffer(source, np.uint8), max_bytes)
@@ -552,7 +631,7 @@ def _read(source, max_bytes): # path or bytes → Content
     except CompressedFileError as error:
         raise CompressedFileError(f"{path.name}: {error}") from None
 
-
+# %% ../nbs/06_codec.ipynb #content-of-data
 def _content(data, max_bytes):
     metadata, arrays = _open_container(data)
     tables = _tables(metadata)
@@ -572,7 +651,7 @@ def _taker(arrays): # → take(name, number of bytes), which cuts the next bytes
         return array[:size]
     return take
 
-
+# %% ../nbs/06_codec.ipynb #take-layer
 def _take_layer(layer, take): # → codebook (k, d), histogram, words
     stored = take(f"codebooks.{layer.stored}", layer.codebook_bytes)
     rows = _from_bytes(stored, layer.stored, (layer.k - layer.pinned, layer.d))
@@ -580,21 +659,21 @@ def _take_layer(layer, take): # → codebook (k, d), histogram, words
     _need(torch.isfinite(codebook).all(), f"the codebook of layer {layer.name!r} is not finite")
     return codebook, take("histograms", layer.histogram * layer.k), take("codes", 4 * layer.words).copy().view("<u4")
 
-
+# %% ../nbs/06_codec.ipynb #take-tensor
 def _take_tensor(dtype, shape, take):
     return _from_bytes(take(f"tensors.{dtype}", prod(shape) * DTYPES[dtype].itemsize), dtype, shape)
 
 # %% ../nbs/06_codec.ipynb #load
 def load_compressed(
-    path, # a file that `save_compressed` wrote
-    model=None, # a dense network of the same layers, changed in place; None: built from the name in the file
+    path: str | Path, # a file that `save_compressed` wrote
+    model: nn.Module | None = None, # a dense network of the same layers, changed in place; None: as the file names it
     *,
-    max_bytes=MAX_BYTES, # the most that the weights and codes may take in memory
+    max_bytes: int = MAX_BYTES, # the most that the weights and codes may take in memory
 ) -> nn.Module: # the network, its layers shared as they were; in eval mode where it was built here
     """Read a network from a compressed file; it computes what the saved one did, bit for bit.
 
-    Raises `CompressedFileError` when the file is damaged, larger than `max_bytes` once it is read, or does not fit the network in
-    names, shapes and types; the network is then unchanged.
+    Raises `CompressedFileError` when the file is damaged, larger than `max_bytes` once it is read, or does not fit the
+    network in names, shapes and types; the network is then unchanged.
     """
     content = _read(path, max_bytes)
     target = _skeleton(content) if model is None else model
@@ -605,26 +684,35 @@ def load_compressed(
     _install(target, content, codes, assign=model is None)
     return target
 
-
+# %% ../nbs/06_codec.ipynb #install
 def _install(model, content, codes, assign):
     state = OrderedDict(content.tensors)
-    state._metadata = model.state_dict()._metadata  # the tensors fit this network, so no module has to translate older ones
+    state._metadata = model.state_dict()._metadata  # the tensors fit, no module has to translate older ones
     for layer in content.tables.layers:
-        module = model.get_submodule(layer.name)
         codebook = content.parts[layer.name][0]
-        shared = SharedWeight(codes[layer.name], layer.k, layer.shape, layer.layout, bool(layer.pinned)).to(module.weight.device)
-        known = codebook.to(module.weight.device)
-        shared.right_inverse = lambda weight, known=known: known  # no need to average the weight
-        parametrize.register_parametrization(module, "weight", shared, unsafe=True)
-        del shared.right_inverse
+        _attach(model.get_submodule(layer.name), layer, codebook, codes[layer.name])
         state[_join(layer.name, "parametrizations.weight.original")] = codebook
     state.update({name: state[owner] for name, owner in content.tables.ties.items() if owner in state})
     model.load_state_dict(state, strict=False, assign=assign)  # _check_fit saw that nothing else is missing
 
+# %% ../nbs/06_codec.ipynb #attach
+def _attach(module, layer, codebook, codes):
+    device = module.weight.device
+    shared = SharedWeight(codes, layer.k, layer.shape, layer.layout, bool(layer.pinned)).to(device)
+    known = codebook.to(device)
+
+    def given(weight):  # no need to average the weight
+        return known
+
+    shared.right_inverse = given
+    parametrize.register_parametrization(module, "weight", shared, unsafe=True)
+    del shared.right_inverse
+
 # %% ../nbs/06_codec.ipynb #fit
 def _check_fit(content, model):
     _need(not shared_layers(model), "the network has shared layers already; call unshare(model) first")
-    (here, ties), (there, stored_ties) = _outline(_state(model)), content.tables.outline()
+    here, ties = _outline(_state(model))
+    there, stored_ties = content.tables.outline()
     for name in (*here, *there):
         _need(name in there, f"the file has no {name!r}, which the network has")
         _need(name in here, f"the network has no {name!r}, which the file has")
@@ -632,26 +720,32 @@ def _check_fit(content, model):
             _need(a == b, f"{name!r} has {what} {a} in the file and {b} in the network")
     _need(ties == stored_ties, "the network and the file differ in which names stand for one tensor")
 
-
+# %% ../nbs/06_codec.ipynb #skeleton
 def _skeleton(content): # the network that the file names, without memory
-    given, (kinds, _) = content.tables.architecture, content.tables.outline()
+    given = content.tables.architecture
+    kinds, _ = content.tables.outline()
     _need(given, "the file names no architecture that can be built; pass the network as model")
-    _need(given.get("depth", 0) <= len(kinds), f"the architecture in the file, {_shown(given)}, is deeper than its tensors")
+    deep = given.get("depth", 0) > len(kinds)
+    _need(not deep, f"the architecture in the file, {_shown(given)}, is deeper than its tensors")
     try:
         model = _blank(given, kinds)
     except Exception as error:  # whatever a builder of any library makes of numbers that it was not made for
-        raise CompressedFileError(f"the architecture in the file, {_shown(given)}, cannot be built: {_shown(str(error))}") from None
+        problem = f"cannot be built: {_shown(str(error))}"
+        raise CompressedFileError(f"the architecture in the file, {_shown(given)}, {problem}") from None
     held = model.state_dict().keys() >= dict(model.named_buffers()).keys()
     _need(held, "the network has buffers that no file holds; pass it as model")
     return model
 
 # %% ../nbs/06_codec.ipynb #decompress
 def decompress(
-    path, # a file that `save_compressed` wrote
+    path: str | Path, # a file that `save_compressed` wrote
     *,
-    max_bytes=MAX_BYTES, # the most that the weights and codes may take in memory
+    max_bytes: int = MAX_BYTES, # the most that the weights and codes may take in memory
 ) -> dict: # {name: tensor}: the state dict of the dense network
-    """The dense weights in a compressed file, for use without this package. Raises `CompressedFileError` as `load_compressed` does."""
+    """The dense weights in a compressed file, for use without this package.
+
+    Raises `CompressedFileError` as `load_compressed` does.
+    """
     content = _read(path, max_bytes)
     state = dict(content.tensors)
     for layer in content.tables.layers:
@@ -660,7 +754,7 @@ def decompress(
         state[_join(layer.name, "weight")] = from_rows(rows, layer.shape, layer.layout)
     return state | {name: state[owner] for name, owner in content.tables.ties.items()}
 
-# %% ../nbs/06_codec.ipynb #inspect
+# %% ../nbs/06_codec.ipynb #filereport
 @dataclass(frozen=True)
 class FileReport:
     """What a compressed file holds: a dict for each shared layer, one for all other tensors and one for the header."""
@@ -674,8 +768,8 @@ class FileReport:
 
     @property
     def layers(self):
-        """A pandas frame, one line a layer: shape, layout, n rows, k clusters, bits a weight (all of the layer's bytes), bits a row of
-        entropy and of what its codes take, bytes and their share of the file."""
+        """A pandas frame, one line a layer: shape, layout, n rows, k clusters, bits a weight (all of its bytes), bits
+        a row of entropy and of what its codes take, bytes and their share of the file."""
         import pandas as pd
 
         frame = pd.DataFrame(self.rows).set_index("layer")
@@ -685,44 +779,60 @@ class FileReport:
         name = self.architecture["name"] if self.architecture else "a network without a name"
         return f"{name} in {self.bytes:,} bytes\n" + as_text(self.layers, "{:.3f}")
 
-
+# %% ../nbs/06_codec.ipynb #inspect
 def inspect(
-    path, # a file that `save_compressed` wrote
+    path: str | Path, # a file that `save_compressed` wrote
     *,
-    max_bytes=MAX_BYTES, # the most that the weights and codes may take in memory
+    max_bytes: int = MAX_BYTES, # the most that the weights and codes may take in memory
 ) -> FileReport:
-    """What the file holds and where its bytes go, all of it checked. Raises `CompressedFileError` as `load_compressed` does."""
+    """What the file holds and where its bytes go, all of it checked.
+
+    Raises `CompressedFileError` as `load_compressed` does.
+    """
     return report(_read(path, max_bytes))
 
-
+# %% ../nbs/06_codec.ipynb #report
 def report(content): # Content → FileReport
     rows = [_row(layer, content.codes(layer)) for layer in content.tables.layers]
     kept = sum(t.nbytes for t in content.tensors.values())
     header = content.size - kept - sum(row["bytes"] for row in rows)
-    return FileReport((*rows, dict(layer="other tensors", bytes=kept), dict(layer="header", bytes=header)), content.tables.architecture)
+    rest = dict(layer="other tensors", bytes=kept), dict(layer="header", bytes=header)
+    return FileReport((*rows, *rest), content.tables.architecture)
 
-
+# %% ../nbs/06_codec.ipynb #row
 def _row(layer, codes):
     counts = torch.bincount(codes).double()
     used = counts[counts > 0]
     size = layer.codebook_bytes + layer.index_bytes
-    return dict(layer=layer.name, shape="×".join(map(str, layer.shape)), layout=layer.layout, n=layer.n, d=layer.d, k=layer.k, pinned=bool(layer.pinned),
-                codebook=layer.stored, bits_per_weight=8 * size / prod(layer.shape), entropy=float(-(used / layer.n) @ torch.log2(used / layer.n)) + 0.0,
+    entropy = float(-(used / layer.n) @ torch.log2(used / layer.n)) + 0.0  # no minus before a zero
+    return dict(layer=layer.name, shape="×".join(map(str, layer.shape)), layout=layer.layout, n=layer.n, d=layer.d,
+                k=layer.k, pinned=bool(layer.pinned), codebook=layer.stored,
+                bits_per_weight=8 * size / prod(layer.shape), entropy=entropy,
                 bits_per_row=8 * layer.index_bytes / layer.n, bytes=size)
 
 # %% ../nbs/06_codec.ipynb #file-rows
 def file_rows(
-    model, # a network, shared or not
+    model: nn.Module, # a network, shared or not
 ) -> list: # a dict for each module that holds tensors, and one for the header
-    """The bytes of the file of this network, by module: `codebook`, `indexes` (histogram and codes), `kept` (as they are) and `dense` (in a dense file)."""
-    content, rows = _read(file_bytes(model), inf), {}
-    new = lambda name: rows.setdefault(name, dict(layer=name, k=None, numbers=0, dense=0, codebook=0, indexes=0, kept=0))
+    """The bytes of the file of this network, by module.
+
+    `codebook`, `indexes` (histogram and codes), `kept` (as they are) and `dense` (in a dense file).
+    """
+    content = _read(file_bytes(model), inf)
+    rows = {}
     for layer in content.tables.layers:
-        size = prod(layer.shape)
-        new(layer.name).update(k=layer.k, numbers=size, dense=size * DTYPES[layer.dtype].itemsize, codebook=layer.codebook_bytes, indexes=layer.index_bytes)
+        dense = prod(layer.shape) * DTYPES[layer.dtype].itemsize
+        _add(rows, layer.name, numbers=prod(layer.shape), dense=dense, codebook=layer.codebook_bytes,
+             indexes=layer.index_bytes)
+        rows[layer.name]["k"] = layer.k
     for name, tensor in content.tensors.items():
-        row = new(name.rpartition(".")[0])
-        row |= {key: row[key] + size for key, size in dict(numbers=tensor.numel(), dense=tensor.nbytes, kept=tensor.nbytes).items()}
-    row = new("header")
-    row["kept"] += content.size - sum(r["codebook"] + r["indexes"] + r["kept"] for r in rows.values())
+        _add(rows, name.rpartition(".")[0], numbers=tensor.numel(), dense=tensor.nbytes, kept=tensor.nbytes)
+    told = sum(row["codebook"] + row["indexes"] + row["kept"] for row in rows.values())
+    _add(rows, "header", kept=content.size - told)
     return list(rows.values())
+
+# %% ../nbs/06_codec.ipynb #add
+def _add(rows, name, **sizes): # to the row of that name, which is made when it is not there
+    row = rows.setdefault(name, dict(layer=name, k=None, numbers=0, dense=0, codebook=0, indexes=0, kept=0))
+    for key, size in sizes.items():
+        row[key] += size

@@ -32,7 +32,7 @@ from .files import replacing
 def _seed(*key):
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:4], "big")
 
-
+# %% ../nbs/11_data.ipynb #generator
 def _generator(*key):
     return torch.Generator().manual_seed(_seed(*key))
 
@@ -64,27 +64,45 @@ class Split:
 
     augments = AUGMENTS
 
-    def __len__(self): return len(self.images)
-    def __repr__(self): return f"Split({len(self)} images of {'×'.join(map(str, self.shape))})"
+    def __len__(self):
+        return len(self.images)
+
+    def __repr__(self):
+        return f"Split({len(self)} images of {'×'.join(map(str, self.shape))})"
 
     @property
-    def shape(self): return tuple(self.images.shape[1:])
+    def shape(self):
+        return tuple(self.images.shape[1:])
 
-    def to(self, device): return Split(self.images.to(device), self.labels.to(device))
+    def to(self, device):
+        return Split(self.images.to(device), self.labels.to(device))
 
     def batches(self, chunks, augment, key, workers):
         """One (images, labels) for each tensor of indices in `chunks`; uint8, or float32 after a change of contrast."""
-        n, at, g, device = sum(map(len, chunks)), 0, _generator("augment", *key), self.images.device
-        shift, flip, factor = torch.randint(0, 9, (n, 2), generator=g), torch.rand(n, generator=g) < 0.5, 0.75 + 0.5 * torch.rand(n, generator=g)
+        device = self.images.device
+        drawn = _drawn(sum(map(len, chunks)), key)
+        at = 0
         for chunk in chunks:
-            here, at = slice(at, at + len(chunk)), at + len(chunk)
+            here = [numbers[at:at + len(chunk)].to(device) for numbers in drawn]
+            at += len(chunk)
             chunk = chunk.to(device)
-            images = self.images[chunk]  # (b, c, h, w)
-            if augment != "none":
-                images = _crop_flip(images, shift[here].to(device), flip[here].to(device))
-            if augment == "crop-flip-contrast":
-                images = _contrast(images, factor[here].to(device))
-            yield images, self.labels[chunk]
+            yield _augmented(self.images[chunk], augment, *here), self.labels[chunk]
+
+# %% ../nbs/11_data.ipynb #drawn
+def _drawn(n, key):  # for n images: (n, 2) shifts, (n,) flips, (n,) factors of contrast
+    g = _generator("augment", *key)
+    shift = torch.randint(0, 9, (n, 2), generator=g)
+    flip = torch.rand(n, generator=g) < 0.5
+    factor = 0.75 + 0.5 * torch.rand(n, generator=g)
+    return shift, flip, factor
+
+# %% ../nbs/11_data.ipynb #augmented
+def _augmented(images, augment, shift, flip, factor):  # (b, c, h, w) → (b, c, h, w)
+    if augment != "none":
+        images = _crop_flip(images, shift, flip)
+    if augment == "crop-flip-contrast":
+        images = _contrast(images, factor)
+    return images
 
 # %% ../nbs/11_data.ipynb #data
 class Data(NamedTuple):
@@ -100,7 +118,7 @@ class Data(NamedTuple):
 
 # %% ../nbs/11_data.ipynb #stats
 def channel_stats(
-    images, # (n, c, h, w) uint8
+    images: torch.Tensor, # (n, c, h, w) uint8
 ) -> tuple: # mean (c,) and std (c,)
     """Mean and standard deviation of each channel, for pixels in [0, 1], as tuples of floats."""
     value = torch.arange(256, dtype=torch.float64) / 255
@@ -110,13 +128,13 @@ def channel_stats(
     variance = (share * (value - mean[:, None]) ** 2).sum(1)  # (c,)
     return tuple(mean.tolist()), tuple(variance.sqrt().tolist())
 
-
+# %% ../nbs/11_data.ipynb #pixel-stats
 def pixel_stats(
-    images, # (n, c, h, w) uint8
+    images: torch.Tensor, # (n, c, h, w) uint8
 ) -> tuple: # mean (c, h, w) and std (c, h, w), float32
     """Mean and standard deviation of each pixel over the images, for pixels in [0, 1] (Garipov et al. 2016).
 
-    A pixel that never changes, like the corners of MNIST, gets standard deviation 1/255: it stays 0 after standardisation.
+    A pixel that never changes, like the corners of MNIST, gets standard deviation 1/255 and stays 0.
     """
     total = sum(part.sum(0, dtype=torch.int64) for part in images.split(4096))  # (c, h, w)
     square = sum(part.int().square().sum(0, dtype=torch.int64) for part in images.split(4096))  # (c, h, w)
@@ -133,10 +151,11 @@ def _fingerprint(*splits):
         digest.update(split.labels.contiguous().numpy())
     return digest.hexdigest()[:12]
 
-
+# %% ../nbs/11_data.ipynb #make-data
 def _data(train, test, classes, name, augment="none"):
     for part, split in (("train", train), ("test", test)):
-        if not len(split) or len(split.images) != len(split.labels) or split.labels.min() < 0 or split.labels.max() >= len(classes):
+        complete = 0 < len(split.images) == len(split.labels)
+        if not complete or split.labels.min() < 0 or split.labels.max() >= len(classes):
             raise ValueError(f"{name}: the {part} set has {len(split.images)} images and {len(split.labels)} labels; "
                              f"it needs at least one image and a label from 0 to {len(classes) - 1} for each")
     if train.shape != test.shape:
@@ -149,7 +168,9 @@ def _digits():
     images, labels = load_digits(return_X_y=True)
     images = torch.from_numpy(np.rint(images * (255 / 16)).astype(np.uint8)).reshape(-1, 1, 8, 8)  # (1797, 1, 8, 8)
     labels = torch.from_numpy(labels).long()
-    return _data(Split(images[:1437], labels[:1437]), Split(images[1437:], labels[1437:]), "0123456789", "digits")
+    train = Split(images[:1437], labels[:1437])
+    test = Split(images[1437:], labels[1437:])
+    return _data(train, test, "0123456789", "digits")
 
 # %% ../nbs/11_data.ipynb #open
 MAX_PIXELS = 1 << 27  # of one image
@@ -164,8 +185,8 @@ def _open(source): # bytes or a path → a PIL image of which only the head is r
         raise ValueError(f"{image.height}×{image.width} pixels are more than {MAX_PIXELS:,}")
     return image
 
-
-def _decode(source, name, transform=None, size=None): # → (h, w) or (h, w, 3) uint8; size: the (h, w) that its head must give
+# %% ../nbs/11_data.ipynb #decode
+def _decode(source, name, transform=None, size=None): # → (h, w) or (h, w, 3) uint8; size: what its head must give
     try:
         with _open(source) as image:
             found = image.size[::-1]
@@ -174,7 +195,8 @@ def _decode(source, name, transform=None, size=None): # → (h, w) or (h, w, 3) 
                 return np.asarray(transform(image) if transform else image)
     except Exception as e:  # a decoder that is fed damaged bytes may raise anything
         raise ValueError(f"{name} cannot be decoded as an image: {' '.join(str(e).split()) or type(e).__name__}") from e
-    raise ValueError(f"{name} has {found[0]}×{found[1]} pixels but the first image has {size[0]}×{size[1]}: all images must have one size (an image folder takes size=)")
+    raise ValueError(f"{name} has {found[0]}×{found[1]} pixels but the first image has {size[0]}×{size[1]}: "
+                     "all images must have one size (an image folder takes size=)")
 
 # %% ../nbs/11_data.ipynb #stack
 MAX_BYTES = 4 << 30  # of decoded images in memory; twice that for a moment while they are stacked
@@ -184,7 +206,8 @@ def _stack(sources, names, transform, progress): # → (n, c, h, w) uint8; trans
     h, w = _decode(sources[0], names[0], transform).shape[:2]
     size = len(sources) * 3 * h * w
     if size > MAX_BYTES:
-        raise ValueError(f"{len(sources)} images like {names[0]} take up to {size / 2**30:.1f} GiB, more than the bound of "
+        raise ValueError(f"{len(sources)} images like {names[0]} take up to {size / 2**30:.1f} GiB, "
+                         "more than the bound of "
                          f"{MAX_BYTES / 2**30:g} GiB: give a smaller size=, or stream=True for an image folder")
     bar = tqdm(sources, desc="decoding", unit=" images", disable=not progress, leave=False)
     arrays = [_decode(source, name, transform, None if transform else (h, w)) for source, name in zip(bar, names)]
@@ -200,21 +223,21 @@ def _read_parquet(path, progress): # → images (n, c, h, w) uint8, labels (n,) 
         sources, labels = _columns(path)
     except (pa.ArrowException, OSError) as e:
         raise ValueError(f"{path} is not a readable parquet file: {' '.join(str(e).split())}") from e
-    if None in sources or None in labels:
-        raise ValueError(f"{path}: row {(sources if None in sources else labels).index(None)} has no image bytes or no label")
+    for column in (sources, labels):
+        if None in column:
+            raise ValueError(f"{path}: row {column.index(None)} has no image bytes or no label")
     names = [f"{path}: row {i}" for i in range(len(sources))]
-    return _stack(sources, names, None, progress), torch.tensor(labels), any(s[:2] == b"\xff\xd8" for s in sources)
+    jpeg = any(s[:2] == b"\xff\xd8" for s in sources)
+    return _stack(sources, names, None, progress), torch.tensor(labels), jpeg
 
-
+# %% ../nbs/11_data.ipynb #columns
 def _columns(path): # → image bytes and labels of all rows; other columns are not read
-    import pyarrow as pa
     import pyarrow.parquet as pq
     with pq.ParquetFile(path) as file:
-        schema, sources, labels, size = file.schema_arrow, [], [], 0
-        image = next((c for c in ("image", "img") if c in schema.names and pa.types.is_struct(schema.field(c).type)), None)
-        if image is None or "label" not in schema.names or not file.metadata.num_rows:
-            raise ValueError(f"{path} has {file.metadata.num_rows} rows of {', '.join(schema.names)}; an image set needs the columns "
-                             f"image: {{bytes, path}} and label, and at least one row")
+        image = _image_column(path, file)
+        sources = []
+        labels = []
+        size = 0
         for batch in file.iter_batches(64, columns=[image, "label"]):
             size += batch.nbytes
             if size > MAX_BYTES:
@@ -223,17 +246,29 @@ def _columns(path): # → image bytes and labels of all rows; other columns are 
             labels += batch["label"].to_pylist()
     return sources, labels
 
+# %% ../nbs/11_data.ipynb #image-column
+def _image_column(path, file): # → its name, where the file is an image set
+    import pyarrow as pa
+    schema = file.schema_arrow
+    named = [name for name in ("image", "img") if name in schema.names]
+    image = next((name for name in named if pa.types.is_struct(schema.field(name).type)), None)
+    if image is None or "label" not in schema.names or not file.metadata.num_rows:
+        raise ValueError(f"{path} has {file.metadata.num_rows} rows of {', '.join(schema.names)}; an image set needs "
+                         "the columns image: {bytes, path} and label, and at least one row")
+    return image
+
 # %% ../nbs/11_data.ipynb #cache-folder
 def _cache_folder():
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deepkmeans"
 
-
+# %% ../nbs/11_data.ipynb #hash
 def _hash(*values):
     return hashlib.sha256(repr(values).encode()).hexdigest()[:16]
 
-
+# %% ../nbs/11_data.ipynb #stamp
 def _stamp(files, *options): # changes when a file is added, removed, renamed, resized or written
-    return _hash([(str(f), s.st_size, s.st_mtime_ns) for f in files for s in [os.stat(f)]], options)
+    found = [(str(file), os.stat(file)) for file in files]
+    return _hash([(name, stat.st_size, stat.st_mtime_ns) for name, stat in found], options)
 
 # %% ../nbs/11_data.ipynb #cache
 def _from_cache(path, stamp): # → (images, labels, jpeg?) or None
@@ -247,7 +282,7 @@ def _from_cache(path, stamp): # → (images, labels, jpeg?) or None
     except (SafetensorError, OSError, KeyError) as e:
         warnings.warn(f"the cached images {path} cannot be read and are decoded again: {e}")
 
-
+# %% ../nbs/11_data.ipynb #to-cache
 def _to_cache(path, stamp, images, labels, jpeg):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -256,7 +291,7 @@ def _to_cache(path, stamp, images, labels, jpeg):
     except (SafetensorError, OSError, ValueError) as e:
         warnings.warn(f"decoded images could not be cached in {path.parent}: {e}")
 
-
+# %% ../nbs/11_data.ipynb #cached
 def _cached(origin, stamp, read): # `read()` when the cache has nothing for this origin and stamp
     path = _cache_folder() / f"{origin.parent.name}-{origin.stem}-{_hash(str(origin.resolve()))}.safetensors"
     found = _from_cache(path, stamp)
@@ -273,44 +308,52 @@ DEFLATE = 1032  # times as large is what gzip makes of the longest run
 def _read_idx(path): # gzipped idx file of bytes → uint8 array
     try:
         with gzip.open(path) as file:
-            head = file.read(4)
-            shape = np.frombuffer(file.read(4 * head[3]), ">u4").tolist()
-            size = prod(shape)
-            if head[:3] != b"\0\0\x08" or len(shape) != head[3] or size > DEFLATE * os.stat(path).st_size:
-                raise ValueError("wrong magic number or length")
-            if size > MAX_BYTES:
-                raise ValueError(f"{size:,} bytes are more than {MAX_BYTES:,}")
-            raw = file.read(size + 1)
-        if len(raw) != size:
+            shape = _idx_shape(file, DEFLATE * os.stat(path).st_size)
+            raw = file.read(prod(shape) + 1)
+        if len(raw) != prod(shape):
             raise ValueError("wrong magic number or length")
         return np.frombuffer(raw, np.uint8).reshape(shape).copy()
     except (OSError, EOFError, ValueError, IndexError, zlib.error) as e:
         raise ValueError(f"{path} is not a readable idx file: {e}") from e
 
+# %% ../nbs/11_data.ipynb #idx-shape
+def _idx_shape(file, most): # of the array, which has at most so many bytes
+    head = file.read(4)
+    shape = np.frombuffer(file.read(4 * head[3]), ">u4").tolist()
+    size = prod(shape)
+    if head[:3] != b"\0\0\x08" or len(shape) != head[3] or size > most:
+        raise ValueError("wrong magic number or length")
+    if size > MAX_BYTES:
+        raise ValueError(f"{size:,} bytes are more than {MAX_BYTES:,}")
+    return shape
 
+# %% ../nbs/11_data.ipynb #idx-pair
 def _idx_pair(folder): # → two Splits, or None where the files are not
-    names = [(folder / f"{part}-images-idx3-ubyte.gz", folder / f"{part}-labels-idx1-ubyte.gz") for part in ("train", "t10k")]
-    if not all(f.is_file() for pair in names for f in pair):
+    parts = [(folder / f"{part}-images-idx3-ubyte.gz", folder / f"{part}-labels-idx1-ubyte.gz")
+             for part in ("train", "t10k")]
+    if not all(file.is_file() for part in parts for file in part):
         return None
-    return [Split(torch.from_numpy(_read_idx(x)).unsqueeze(1), torch.from_numpy(_read_idx(y)).long()) for x, y in names]
+    arrays = [(torch.from_numpy(_read_idx(x)), torch.from_numpy(_read_idx(y))) for x, y in parts]
+    return [Split(images.unsqueeze(1), labels.long()) for images, labels in arrays]
 
 # %% ../nbs/11_data.ipynb #folder
 def _test_transform(size, resize): # scale the shorter side to `resize`, cut a square of `size` from the centre
     from torchvision.transforms import v2
     return v2.Compose([v2.Resize(resize, antialias=True), v2.CenterCrop(size)])
 
-
+# %% ../nbs/11_data.ipynb #list-images
 def _list_images(folder): # → files, labels, class names, all sorted
     classes = sorted(p.name for p in folder.iterdir() if p.is_dir())
     found = [(f, c) for c, name in enumerate(classes) for f in sorted((folder / name).iterdir())]
     images = [(f, c) for f, c in found if f.suffix.lower() in (".png", ".jpg", ".jpeg") and f.is_file()]
     if len(images) < len(found):
-        warnings.warn(f"{folder}: {len(found) - len(images)} of {len(found)} entries are no .png, .jpg or .jpeg files and are left out")
+        others = f"{len(found) - len(images)} of {len(found)} entries"
+        warnings.warn(f"{folder}: {others} are no .png, .jpg or .jpeg files and are left out")
     if not images:
         raise ValueError(f"{folder} holds no images: expected {folder.name}/<class>/*.png or *.jpg")
     return [f for f, _ in images], torch.tensor([c for _, c in images]), classes
 
-
+# %% ../nbs/11_data.ipynb #list-folder
 def _list_folder(path): # → (files, labels) of training and test images, class names
     parts = [path / part for part in ("val", "test") if (path / part).is_dir()]
     if not (path / "train").is_dir() or not parts:
@@ -334,26 +377,31 @@ class Files:
 
     augments = ("none", "resized-crop-flip")
 
-    def __len__(self): return len(self.files)
-    def __repr__(self): return f"Files({len(self)} images, streamed as {'×'.join(map(str, self.shape))})"
+    def __len__(self):
+        return len(self.files)
+
+    def __repr__(self):
+        return f"Files({len(self)} images, streamed as {'×'.join(map(str, self.shape))})"
 
     @property
-    def shape(self): return 3, self.size, self.size
+    def shape(self):
+        return 3, self.size, self.size
 
-    def to(self, device): return self  # the loader moves the batches
+    def to(self, device):
+        return self  # the loader moves the batches
 
     def batches(self, chunks, augment, key, workers):
         """One (images uint8, labels) for each tensor of indices in `chunks`."""
-        return torch.utils.data.DataLoader(_Decoder(self, augment, key), batch_sampler=[c.tolist() for c in chunks],
-                                           num_workers=workers, generator=_generator("workers", *key))
+        batches = [chunk.tolist() for chunk in chunks]
+        return torch.utils.data.DataLoader(_Decoder(self, augment, key), batch_sampler=batches, num_workers=workers,
+                                           generator=_generator("workers", *key))
 
 # %% ../nbs/11_data.ipynb #decoder
 class _Decoder(torch.utils.data.Dataset):
     def __init__(self, split, augment, key):
-        from torchvision.transforms import v2
-        self.split, self.key = split, key
-        random = v2.Compose([v2.RandomResizedCrop(split.size, antialias=True), v2.RandomHorizontalFlip()])
-        self.transform = random if augment == "resized-crop-flip" else _test_transform(split.size, round(split.size * 256 / 224))
+        self.split = split
+        self.key = key
+        self.transform = _transform(split.size, augment)
 
     def __getitem__(self, i):
         with torch.random.fork_rng(devices=[]):
@@ -362,27 +410,39 @@ class _Decoder(torch.utils.data.Dataset):
             image = _decode(file, file, lambda image: self.transform(image.convert("RGB")))  # (size, size, 3)
         return torch.from_numpy(image.copy()).permute(2, 0, 1), self.split.labels[i]
 
+# %% ../nbs/11_data.ipynb #transform
+def _transform(size, augment):
+    from torchvision.transforms import v2
+    if augment == "resized-crop-flip":
+        return v2.Compose([v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()])
+    return _test_transform(size, round(size * 256 / 224))
+
 # %% ../nbs/11_data.ipynb #load-folder
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # the usual mean and std of ImageNet
 
 
-def _stream(path, size): # the fingerprint of a stream is over names and sizes of its files: reading them all would take hours
+def _stream(path, size):
     train, test, classes = _list_folder(path)
     listing = [(str(f.relative_to(path)), f.stat().st_size) for f in (*train[0], *test[0])]
-    return Data(Files(*train, size), Files(*test, size), tuple(classes), path.name, _hash(listing)[:12], *IMAGENET, "resized-crop-flip")
+    splits = Files(*train, size), Files(*test, size)
+    return Data(*splits, tuple(classes), path.name, _hash(listing)[:12], *IMAGENET, "resized-crop-flip")
 
-
+# %% ../nbs/11_data.ipynb #folder-in-memory
 def _folder(path, size, progress):
     train, test, classes = _list_folder(path)
     transform = _test_transform(size, size) if size else None
+
     def read(part, files, labels):
         jpeg = any(f.suffix.lower() != ".png" for f in files)
-        return _cached(path / part, _stamp(files, size), lambda: (_stack(files, files, transform, progress), labels, jpeg))
-    (*train, _), (*test, _) = read("train", *train), read("test", *test)
-    train[0], test[0] = _same_channels(train[0], test[0])
-    return _data(Split(*train), Split(*test), classes, path.name)
+        stamp = _stamp(files, size)
+        return _cached(path / part, stamp, lambda: (_stack(files, files, transform, progress), labels, jpeg))
 
+    train_images, train_labels, _ = read("train", *train)
+    test_images, test_labels, _ = read("test", *test)
+    train_images, test_images = _same_channels(train_images, test_images)
+    return _data(Split(train_images, train_labels), Split(test_images, test_labels), classes, path.name)
 
+# %% ../nbs/11_data.ipynb #same-channels
 def _same_channels(*images): # grey images get three channels where the other split has them
     c = max(x.shape[1] for x in images)
     return [x.expand(-1, c, -1, -1).contiguous() for x in images]
@@ -390,7 +450,8 @@ def _same_channels(*images): # grey images get three channels where the other sp
 # %% ../nbs/11_data.ipynb #known
 CLASSES = {
     "mnist": tuple("0123456789"),
-    "fashion-mnist": ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+    "fashion-mnist": ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag",
+                      "Ankle boot"),
     "cifar10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
 }
 NAMES = ("digits", *CLASSES, "imagenet")
@@ -398,25 +459,27 @@ NAMES = ("digits", *CLASSES, "imagenet")
 
 def _parquet_pair(folder, progress): # → two Splits and "was JPEG", or None where the files are not
     paths = [folder / f"{part}.parquet" for part in ("train", "test")]
-    there = [p.is_file() for p in paths]
-    if any(there) and not all(there):
-        raise FileNotFoundError(f"{paths[there.index(True)]} is there, but {paths[there.index(False)]} is not: a set needs both")
-    if not all(there):
+    there = [p for p in paths if p.is_file()]
+    if not there:
         return None
-    (*train, a), (*test, b) = [_cached(p, _stamp([p]), lambda: _read_parquet(p, progress)) for p in paths]
-    return [Split(*train), Split(*test)], a or b
+    for absent in paths:
+        if absent not in there:
+            raise FileNotFoundError(f"{there[0]} is there, but {absent} is not: a set needs both")
+    read = [_cached(path, _stamp([path]), lambda: _read_parquet(path, progress)) for path in paths]
+    return [Split(images, labels) for images, labels, _ in read], any(jpeg for _, _, jpeg in read)
 
-# %% ../nbs/11_data.ipynb #download
+# %% ../nbs/11_data.ipynb #tv-split
 def _tv_split(source): # a torchvision data set in memory → Split
     images = torch.as_tensor(source.data)  # (n, h, w) or (n, h, w, 3)
     images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2)
     return Split(images.contiguous(), torch.as_tensor(source.targets).long())
 
-
+# %% ../nbs/11_data.ipynb #download
 def _download(name, folder): # → two Splits; OSError, RuntimeError or HTTPException when torchvision cannot
     from torchvision import datasets
     make = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10}[name]
-    warnings.warn(f"{name} is not among the local files; torchvision downloads it to {folder} unless it is there already")
+    warnings.warn(f"{name} is not among the local files; "
+                  f"torchvision downloads it to {folder} unless it is there already")
     return [_tv_split(make(folder, train=train, download=True)) for train in (True, False)]
 
 # %% ../nbs/11_data.ipynb #find
@@ -438,122 +501,163 @@ def _find(name, root, download, progress): # → two Splits and "was JPEG"
         reason = "download=False"
     except (OSError, RuntimeError, http.client.HTTPException) as e:
         reason = " ".join(str(e).split())
-    raise FileNotFoundError(f"{name} was not found. Looked for: {'; '.join(looked)}; torchvision's download ({reason}). Put train.parquet and "
-                            f"test.parquet (columns image: {{bytes, path}} and label) into <folder>/{name} and pass root=<folder> or set DEEPKMEANS_DATA.")
+    looked.append(f"torchvision's download ({reason})")
+    raise FileNotFoundError(f"{name} was not found. Looked for: {'; '.join(looked)}. "
+                            "Put train.parquet and test.parquet (columns image: {bytes, path} and label) into "
+                            f"<folder>/{name} and pass root=<folder> or set DEEPKMEANS_DATA.")
 
 # %% ../nbs/11_data.ipynb #load
 def load(
-    name="digits", # one of NAMES, or the path of an image folder
-    root=None, # folder of the image sets; None: $DEEPKMEANS_DATA
+    name: str | Path = "digits", # one of NAMES, or the path of an image folder
+    root: str | Path | None = None, # folder of the image sets; None: $DEEPKMEANS_DATA
     *,
-    size=None, # side of the images in pixels; for image folders and imagenet (there 224 by default)
-    stream=False, # decode the images of a folder on the fly? (imagenet always does)
-    download=True, # let torchvision download a set that is nowhere else?
-    progress=True, # show a bar while decoding?
+    size: int | None = None, # side of the images in pixels; for image folders and imagenet (there 224 by default)
+    stream: bool = False, # decode the images of a folder on the fly? (imagenet always does)
+    download: bool = True, # let torchvision download a set that is nowhere else?
+    progress: bool = True, # show a bar while decoding?
 ) -> Data: # train, test, classes, name, fingerprint, mean, std, augment
     """The training and test images of that name, as uint8 in memory (`Split`) or streamed (`Files`).
 
-    Raises `ValueError` for an unknown name or damaged files and `FileNotFoundError`, with all that was looked for, for a set that is not there.
+    Raises `ValueError` for an unknown name or damaged files and `FileNotFoundError`, with all that was looked for, for
+    a set that is not there.
     """
+    _check_wanted(name, size, stream)
     root = root or os.environ.get("DEEPKMEANS_DATA")
-    known = name in NAMES
-    if not known and not Path(name).is_dir():
-        raise ValueError(f"name={str(name)!r} must be one of {', '.join(NAMES)}, or the path of an image folder with train and val (or test) in it")
-    if known and name != "imagenet" and (size is not None or stream):
-        raise ValueError(f"size={size} and stream={stream} are for image folders and imagenet; {name} has its own size and fits in memory")
-    if size is not None and size < 1:
-        raise ValueError(f"size={size} must be at least 1")
     if name == "digits":
         return _digits()
     if name in CLASSES:
-        (train, test), jpeg = _find(name, root, download, progress)
-        return _data(train, test, CLASSES[name], f"{name}-jpeg" if jpeg else name, "crop-flip" if name == "cifar10" else "none")
-    path = _imagenet(root) if name == "imagenet" else Path(name)
-    return _stream(path.resolve(), size or 224) if stream or name == "imagenet" else _folder(path.resolve(), size, progress)
+        return _known(name, root, download, progress)
+    path = (_imagenet(root) if name == "imagenet" else Path(name)).resolve()
+    if stream or name == "imagenet":
+        return _stream(path, size or 224)
+    return _folder(path, size, progress)
 
+# %% ../nbs/11_data.ipynb #check-wanted
+def _check_wanted(name, size, stream):
+    known = name in NAMES
+    if not known and not Path(name).is_dir():
+        raise ValueError(f"name={str(name)!r} must be one of {', '.join(NAMES)}, "
+                         "or the path of an image folder with train and val (or test) in it")
+    if known and name != "imagenet" and (size is not None or stream):
+        raise ValueError(f"size={size} and stream={stream} are for image folders and imagenet; "
+                         f"{name} has its own size and fits in memory")
+    if size is not None and size < 1:
+        raise ValueError(f"size={size} must be at least 1")
 
+# %% ../nbs/11_data.ipynb #known-set
+def _known(name, root, download, progress): # one of CLASSES
+    (train, test), jpeg = _find(name, root, download, progress)
+    augment = "crop-flip" if name == "cifar10" else "none"
+    return _data(train, test, CLASSES[name], f"{name}-jpeg" if jpeg else name, augment)
+
+# %% ../nbs/11_data.ipynb #imagenet
 def _imagenet(root): # root/imagenet, or root itself
     if root is None:
-        raise FileNotFoundError("imagenet was not found: pass root=<folder with train/<wnid>/*.JPEG and val/<wnid>/*.JPEG>, or set DEEPKMEANS_DATA")
+        raise FileNotFoundError("imagenet was not found: pass root=<folder with train/<wnid>/*.JPEG and "
+                                "val/<wnid>/*.JPEG>, or set DEEPKMEANS_DATA")
     path = Path(root) / "imagenet"
     return path if path.is_dir() else Path(root)
 
 # %% ../nbs/11_data.ipynb #subset
 def subset(
-    data, # a Data in memory
-    train=0, # number of training images; 0: all
-    test=0, # number of test images; 0: all
-    seed=0, # seed of the draw
+    data: Data, # in memory
+    train: int = 0, # number of training images; 0: all
+    test: int = 0, # number of test images; 0: all
+    seed: int = 0, # seed of the draw
 ) -> Data: # the same set with fewer images, named e.g. cifar10[5000, 1000]
-    """A random part of the training and the test images. Raises `ValueError` for more images than there are, or a streamed set."""
+    """A random part of the training and the test images.
+
+    Raises `ValueError` for more images than there are, or a streamed set.
+    """
     if not train and not test:
         return data
-    parts = [_part(split, n, what, seed) for split, n, what in ((data.train, train, "train"), (data.test, test, "test"))]
-    return data._replace(train=parts[0], test=parts[1], fingerprint=_fingerprint(*parts), name=f"{data.name}[{len(parts[0])}, {len(parts[1])}]")
+    few = _part(data.train, train, "train", seed), _part(data.test, test, "test", seed)
+    name = f"{data.name}[{len(few[0])}, {len(few[1])}]"
+    return data._replace(train=few[0], test=few[1], fingerprint=_fingerprint(*few), name=name)
 
-
+# %% ../nbs/11_data.ipynb #part
 def _part(split, n, what, seed):
     if not isinstance(split, Split):
         raise ValueError(f"{what}={n}: only a set in memory has subsets, not {split}")
     if not 0 <= n <= len(split):
         raise ValueError(f"{what}={n} must be from 0 to the number of images, {len(split)}")
-    chosen = torch.randperm(len(split), generator=_generator("subset", what, seed))[:n].sort().values if n else slice(None)
+    if not n:
+        return split
+    order = torch.randperm(len(split), generator=_generator("subset", what, seed))
+    chosen = order[:n].sort().values
     return Split(split.images[chosen], split.labels[chosen])
 
 # %% ../nbs/11_data.ipynb #per-pixel
 def _constant(values, shape, name): # (c,) or (c, h, w) → (c, 1, 1) or (c, h, w)
     values = torch.as_tensor(values, dtype=torch.float32)
     if tuple(values.shape) not in (shape[:1], shape):
-        raise ValueError(f"{name} has shape {tuple(values.shape)}; it must be {shape[:1]}, one value a channel, or {shape}, one a pixel")
+        raise ValueError(f"{name} has shape {tuple(values.shape)}; "
+                         f"it must be {shape[:1]}, one value a channel, or {shape}, one a pixel")
     return values if values.ndim == 3 else values[:, None, None]
+
+# %% ../nbs/11_data.ipynb #scale-and-shift
+def _scale_and_shift(shape, mean, std): # of bytes: x·scale + shift is standardised
+    mean = _constant([0.0] * shape[0] if mean is None else mean, shape, "mean")
+    std = _constant([1.0] * shape[0] if std is None else std, shape, "std")
+    if not (std > 0).all():
+        raise ValueError(f"std has the value {std.min().item()}; all must be above 0")
+    return 1 / (255 * std), -mean / std
 
 # %% ../nbs/11_data.ipynb #loader
 class Loader:
     """Batches (x, y) of a split: x (b, c, h, w) float32, standardised; y (b,) int64.
 
     Order and augmentation depend only on `seed` and `.epoch` (see `set_epoch`), not on device or number of workers.
-    Raises `ValueError` for a batch size under 1, an augmentation that the split does not have, or statistics of a wrong shape.
+    Raises `ValueError` for a batch size under 1, an augmentation that the split does not have, or statistics of a wrong
+    shape.
     """
 
     def __init__(
         self,
-        split, # a Split or Files
-        batch_size, # images in a batch; the last may be smaller
+        split: Split | Files, # images and labels
+        batch_size: int, # images in a batch; the last may be smaller
         *,
-        shuffle=False, # a new order in each epoch?
-        augment="none", # "none", "crop-flip", "crop-flip-contrast"; for Files "none" or "resized-crop-flip"
-        mean=None, # (c,) or (c, h, w), for pixels in [0, 1]; None: 0
-        std=None, # likewise; None: 1
-        seed=0, # with the epoch, the key of all randomness
-        device="cpu", # where the batches are made and stay
-        drop_last=False, # leave out a last batch that is not full?
-        channels_last=True, # give images in channels_last memory order?
-        workers=2, # processes that decode; only for Files
-        fingerprint="", # of the Data that the split is of; `train` compares it with that of its checkpoint
+        shuffle: bool = False, # a new order in each epoch?
+        augment: str = "none", # "none", "crop-flip", "crop-flip-contrast"; for Files "none" or "resized-crop-flip"
+        mean: tuple | torch.Tensor | None = None, # (c,) or (c, h, w), for pixels in [0, 1]; None: 0
+        std: tuple | torch.Tensor | None = None, # likewise; None: 1
+        seed: int = 0, # with the epoch, the key of all randomness
+        device: str | torch.device = "cpu", # where the batches are made and stay
+        drop_last: bool = False, # leave out a last batch that is not full?
+        channels_last: bool = True, # give images in channels_last memory order?
+        workers: int = 2, # processes that decode; only for Files
+        fingerprint: str = "", # of the Data that the split is of; `train` compares it with that of its checkpoint
     ):
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1")
         if augment not in split.augments:
             raise ValueError(f"augment={augment!r} must be one of {', '.join(split.augments)} for {split}")
-        mean = _constant([0.0] * split.shape[0] if mean is None else mean, split.shape, "mean")
-        std = _constant([1.0] * split.shape[0] if std is None else std, split.shape, "std")
-        if not (std > 0).all():
-            raise ValueError(f"std has the value {std.min().item()}; all must be above 0")
-        self.split, self.batch_size, self.shuffle, self.augment = split.to(device), batch_size, shuffle, augment
-        self.scale, self.shift = (1 / (255 * std)).to(device), (-mean / std).to(device)
-        self.seed, self.epoch, self.device, self.drop_last, self.workers = seed, 0, torch.device(device), drop_last, workers
+        scale, shift = _scale_and_shift(split.shape, mean, std)
+        self.scale = scale.to(device)
+        self.shift = shift.to(device)
+        self.split = split.to(device)
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.augment = augment
+        self.seed = seed
+        self.epoch = 0
+        self.device = torch.device(device)
+        self.drop_last = drop_last
+        self.workers = workers
         self.fingerprint = fingerprint
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
 
     def __len__(self):
-        return len(self.split) // self.batch_size if self.drop_last else -(-len(self.split) // self.batch_size)
+        full, rest = divmod(len(self.split), self.batch_size)
+        return full if self.drop_last or not rest else full + 1
 
     def set_epoch(self, epoch):
         """The next iteration gives the batches of this epoch."""
         self.epoch = epoch
 
     def __iter__(self):
-        n, key = len(self.split), (self.seed, self.epoch)
+        n = len(self.split)
+        key = (self.seed, self.epoch)
         order = torch.randperm(n, generator=_generator("order", *key)) if self.shuffle else torch.arange(n)
         chunks = order.split(self.batch_size)[:len(self)]
         for images, labels in self.split.batches(chunks, self.augment, key, self.workers):
@@ -562,17 +666,21 @@ class Loader:
 
 # %% ../nbs/11_data.ipynb #loaders
 def loaders(
-    data, # a Data
-    batch_size, # images in a training batch
+    data: Data, # as `load` returns it
+    batch_size: int, # images in a training batch
     *,
-    augment=None, # augmentation of the training images; None: `data.augment`
-    test_batch_size=500, # images in a test batch
-    seed=0, # with the epoch, the key of order and augmentation
-    device="cpu", # where the batches are made
-    workers=2, # processes that decode; only for streamed sets
+    augment: str | None = None, # augmentation of the training images; None: `data.augment`
+    test_batch_size: int = 500, # images in a test batch
+    seed: int = 0, # with the epoch, the key of order and augmentation
+    device: str | torch.device = "cpu", # where the batches are made
+    workers: int = 2, # processes that decode; only for streamed sets
 ) -> tuple: # training Loader, test Loader
-    """The loaders of a set's two splits. `"crop-flip-contrast"` standardises each pixel, as its source does, everything else each channel."""
+    """The loaders of a set's two splits.
+
+    `"crop-flip-contrast"` standardises each pixel, as its source does, everything else each channel.
+    """
     augment = data.augment if augment is None else augment
     mean, std = pixel_stats(data.train.images) if augment == "crop-flip-contrast" else (data.mean, data.std)
     common = dict(mean=mean, std=std, seed=seed, device=device, workers=workers, fingerprint=data.fingerprint)
-    return Loader(data.train, batch_size, shuffle=True, augment=augment, **common), Loader(data.test, test_batch_size, **common)
+    train = Loader(data.train, batch_size, shuffle=True, augment=augment, **common)
+    return train, Loader(data.test, test_batch_size, **common)

@@ -7,8 +7,9 @@ __all__ = ['STORED', 'USES', 'COMPUTATION', 'MAC_BITS', 'LEVELS', 'full_adders',
            'eyeriss_accesses']
 
 # %% ../nbs/07_energy.ipynb #imports
+from contextlib import contextmanager
 from dataclasses import dataclass
-from math import ceil, gcd, log2, prod
+from math import ceil, gcd, prod
 
 import torch
 import torch.nn as nn
@@ -21,9 +22,9 @@ from .sharing import LAYERS, TRANSPOSED, shared_layers
 
 # %% ../nbs/07_energy.ipynb #full-adders
 def full_adders(
-    dim, # length D of the dot product
-    weight_bits, # bits of a weight
-    activation_bits, # bits of an activation
+    dim: int, # length D of the dot product
+    weight_bits: int, # bits of a weight
+    activation_bits: int, # bits of an activation
 ) -> int: # 1-bit full adders
     """Full adders that one dot product takes: D·Bw·Bx + (D−1)(Bx + Bw + ⌈log2 D⌉ − 1) (paper, eq. 5).
 
@@ -34,99 +35,127 @@ def full_adders(
             raise ValueError(f"{name}={value} must be at least 1")
     return dim * weight_bits * activation_bits + (dim - 1) * _adder_bits(dim, weight_bits, activation_bits)
 
-
+# %% ../nbs/07_energy.ipynb #adder-bits
 def _adder_bits(dim, weight_bits, activation_bits):
-    return activation_bits + weight_bits + (dim - 1).bit_length() - 1  # (D−1).bit_length() = ⌈log2 D⌉, without rounding errors
+    # (D−1).bit_length() = ⌈log2 D⌉, without rounding errors
+    return activation_bits + weight_bits + (dim - 1).bit_length() - 1
 
-# %% ../nbs/07_energy.ipynb #macs
+# %% ../nbs/07_energy.ipynb #dot-length
 def _dot_length(module, shape):
     if not isinstance(module, TRANSPOSED):
         return prod(shape[1:])
     taps = [ceil(s / (t // gcd(t, d))) for s, t, d in zip(module.kernel_size, module.stride, module.dilation)]
     return shape[0] // module.groups * prod(taps)
 
-
+# %% ../nbs/07_energy.ipynb #macs
 def _macs(module, shape, x, y):
     return (prod(x) if isinstance(module, TRANSPOSED) else prod(y)) * prod(shape[1:])
 
 # %% ../nbs/07_energy.ipynb #watch
 def _watch(model, input_shape):
     """({layer: [(shape of the input, shape of the output), a pair for each call]}, MACs of the whole pass)."""
-    calls, modules = {}, list(model.modules())
-    hooks = [m.register_forward_hook(lambda _, args, kwargs, y, name=name: calls.setdefault(name, []).append(
-        (tuple((args or tuple(kwargs.values()))[0].shape), tuple(y.shape))), with_kwargs=True)
-        for name, m in model.named_modules() if isinstance(m, LAYERS)]
-    training = [m for m in modules if m.training]
-    plain = [(m, key, value) for m in modules for key, value in vars(m).items() if isinstance(value, torch.Tensor)]
+    calls = {}
     try:
-        for m in training:
-            m.training = False
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with _recorded(model, calls), _left_as_it_is(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
             _forward(model, input_shape)
     except (RuntimeError, TypeError, IndexError) as error:
         raise ValueError(f"input_shape={_brief(input_shape)}: the network does not run on it ({first_line(error)}); "
                          "one that looks at the values of its input needs a tensor in place of a shape") from error
+    return calls, counter.get_total_flops() // 2
+
+# %% ../nbs/07_energy.ipynb #recorded
+@contextmanager
+def _recorded(model, calls):
+    def recorder(name):
+        def record(module, args, kwargs, y):
+            x = (args or tuple(kwargs.values()))[0]
+            calls.setdefault(name, []).append((tuple(x.shape), tuple(y.shape)))
+        return record
+
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, LAYERS)}
+    hooks = [m.register_forward_hook(recorder(name), with_kwargs=True) for name, m in layers.items()]
+    try:
+        yield
     finally:
         for hook in hooks:
             hook.remove()
+
+# %% ../nbs/07_energy.ipynb #left-as-it-is
+@contextmanager
+def _left_as_it_is(model):
+    modules = list(model.modules())
+    training = [m for m in modules if m.training]
+    tensors = [(m, key, value) for m in modules for key, value in vars(m).items() if isinstance(value, torch.Tensor)]
+    try:
+        for m in training:
+            m.training = False
+        yield
+    finally:
         for m in training:
             m.training = True
-        for m, key, value in plain:  # what torch.nn.utils.prune and others recompute before each call
+        for m, key, value in tensors:
             setattr(m, key, value)
-    return calls, counter.get_total_flops() // 2
 
-
+# %% ../nbs/07_energy.ipynb #forward
 def _forward(model, input_shape):
     if isinstance(input_shape, torch.Tensor):
         return model(input_shape)
-    tensors = {name: torch.empty_like(t, device="meta") for name, t in (*model.named_parameters(), *model.named_buffers())}
+    named = (*model.named_parameters(), *model.named_buffers())
+    tensors = {name: torch.empty_like(t, device="meta") for name, t in named}
     dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32)
     with torch.device("meta"):
         return functional_call(model, tensors, (torch.empty(1, *input_shape, dtype=dtype),))
 
-
+# %% ../nbs/07_energy.ipynb #brief
 def _brief(input_shape):
     return f"a tensor {tuple(input_shape.shape)}" if isinstance(input_shape, torch.Tensor) else input_shape
 
 # %% ../nbs/07_energy.ipynb #stored
 def _stored_bits(weights, density, k, d, bits, indexes):
     if k is not None:
-        return bits * k * d + (weights // d * (k - 1).bit_length() if indexes else 0)  # (k−1).bit_length() = ⌈log2 k⌉
+        index = (k - 1).bit_length() if indexes else 0  # ⌈log2 k⌉
+        return bits * k * d + weights // d * index
     positions = weights if indexes and density < 1 else 0
     return min(bits * round(density * weights) + positions, bits * weights)
 
 # %% ../nbs/07_energy.ipynb #reuse
 def reuse_operations(
-    module, # a convolution or linear layer, not transposed
-    output, # shape of its output, (b, m, *spatial) or (…, m) for a linear layer
-    k, # number of centres
-    layout="row", # what a centre is, one of `rows.LAYOUTS`
+    module: nn.Module, # a convolution or linear layer, not transposed
+    output: tuple[int, ...], # shape of its output, (b, m, *spatial) or (…, m) for a linear layer
+    k: int, # number of centres
+    layout: str = "row", # what a centre is, one of `rows.LAYOUTS`
 ) -> tuple: # (multiplications, additions)
-    """Operations of a layer that multiplies each input segment with each of the k centres once and then only adds (extends section 4.2.2).
+    """Operations of a layer that multiplies each input segment with each of the k centres once and then only adds.
 
-    Raises `ValueError` for a transposed convolution.
+    Extends section 4.2.2. Raises `ValueError` for a transposed convolution.
     """
     if isinstance(module, TRANSPOSED):
-        raise ValueError(f"{type(module).__name__} is transposed: its products are not shared between outputs in this way")
+        raise ValueError(f"{type(module).__name__} is transposed: "
+                         "its products are not shared between outputs in this way")
     shape = module.weight.shape
-    d, dim, outputs = row_length(shape, layout), prod(shape[1:]), prod(output)
+    d = row_length(shape, layout)
+    dim = prod(shape[1:])
     segments = _segments(module, shape, output, layout)
-    return k * d * segments, k * (d - 1) * segments + outputs * (dim // d - 1)
+    return k * d * segments, k * (d - 1) * segments + prod(output) * (dim // d - 1)
 
-
+# %% ../nbs/07_energy.ipynb #segments
 def _segments(module, shape, output, layout):
     if isinstance(module, nn.Linear):
         return prod(output[:-1]) * (1 if layout == "filter" else shape[1])
     spatial = output[-len(shape[2:]):]
-    touched = [len({p * t + i * dil for p in range(e) for i in range(s)})
-               for e, s, t, dil in zip(spatial, shape[2:], module.stride, module.dilation)]
+    touched = [_touched(*axis) for axis in zip(spatial, shape[2:], module.stride, module.dilation)]
     places = {"scalar": touched, "row": [*touched[:-1], spatial[-1]], "kernel": spatial, "filter": spatial}[layout]
-    return prod(output) // (shape[0] * prod(spatial)) * prod(places) * (module.groups if layout == "filter" else module.in_channels)
+    images = prod(output) // (shape[0] * prod(spatial))
+    return images * prod(places) * (module.groups if layout == "filter" else module.in_channels)
+
+# %% ../nbs/07_energy.ipynb #touched
+def _touched(outputs, size, stride, dilation):  # how many places of an axis some output looks at
+    return len({p * stride + i * dilation for p in range(outputs) for i in range(size)})
 
 # %% ../nbs/07_energy.ipynb #report
 @dataclass(frozen=True)
 class EnergyReport:
-    """Costs of one forward pass: a dict for each layer, the reason for each that is missing, MACs outside of layers, how it was counted."""
+    """Costs of one forward pass: a dict for each layer, why others are missing, MACs outside of layers, settings."""
     rows: tuple
     skipped: dict
     outside_macs: int
@@ -154,53 +183,74 @@ class EnergyReport:
 
     @property
     def layers(self):
-        """A pandas frame, one line a layer. `computation`, `weights`, `activations`, `total`, `uncompressed` are in units of one 16-bit MAC, `stored_bits`,
-        `weight_bits` (a weight) and `activation_bits` in bits; `weight_saving` is the reduction of eq. 6, the axis of Figure 2."""
+        """A pandas frame, one line a layer. `computation`, `weights`, `activations`, `total`, `uncompressed` are in
+        units of one 16-bit MAC, `stored_bits`, `weight_bits` (a weight) and `activation_bits` in bits; `weight_saving`
+        is the reduction of eq. 6, the axis of Figure 2."""
         import pandas as pd
 
         return pd.DataFrame(self.rows).set_index("layer")
 
     def __str__(self):
-        parts = ", ".join(f"{part} {sum(row[part] for row in self.rows) / max(self.total, 1e-300):.0%}" for part in ("computation", "weights", "activations"))
-        left = [f"{len(self.skipped)} layers"] * bool(self.skipped) + [f"{self.outside_macs:,} MACs outside of layers"] * bool(self.outside_macs)
-        return (f"{self.total:.4g} MAC units for {self.macs:.4g} MACs in {len(self.rows)} layers: {parts}; {self.saving:.1%} less than dense"
-                + f" (not counted: {', '.join(left)})" * bool(left))
+        return (f"{self.total:.4g} MAC units for {self.macs:.4g} MACs in {len(self.rows)} layers: {_parts(self)}; "
+                f"{self.saving:.1%} less than dense" + _not_counted(self))
+
+# %% ../nbs/07_energy.ipynb #report-text
+def _parts(report):
+    total = max(report.total, 1e-300)
+    sums = {part: sum(row[part] for row in report.rows) for part in ("computation", "weights", "activations")}
+    return ", ".join(f"{part} {cost / total:.0%}" for part, cost in sums.items())
+
+# %% ../nbs/07_energy.ipynb #not-counted
+def _not_counted(report):
+    left = [f"{len(report.skipped)} layers"] if report.skipped else []
+    if report.outside_macs:
+        left.append(f"{report.outside_macs:,} MACs outside of layers")
+    return f" (not counted: {', '.join(left)})" if left else ""
 
 # %% ../nbs/07_energy.ipynb #energy
-STORED, USES, COMPUTATION, MAC_BITS = ("codebook", "indexes"), ("each", "all", "once"), ("dense", "reuse"), 16
+STORED = ("codebook", "indexes")
+USES = ("each", "all", "once")
+COMPUTATION = ("dense", "reuse")
+MAC_BITS = 16
 
 
 def energy(
-    model, # a network, shared, pruned or neither; real or on the meta device
-    input_shape, # (c, h, w) of one image, or a tensor (b, c, h, w) to run the network on
+    model: nn.Module, # a network, shared, pruned or neither; real or on the meta device
+    input_shape: tuple[int, ...] | torch.Tensor, # (c, h, w) of one image, or a tensor (b, c, h, w) to run it on
     *,
-    plan=None, # {layer name: LayerPlan}: count these dense layers as if they were shared
-    weight_bits=16, # bits of a weight (of a codebook entry), or {layer name: bits}, 16 for the others
-    activation_bits=16, # bits of an activation, likewise
-    stored="indexes", # what a shared or pruned layer stores: one of STORED
-    uses="each", # how N_w and N_x are read: one of USES
-    computation="dense", # how a shared layer computes, one of COMPUTATION; "reuse" takes the cheaper of the two ways
-    access_cost=6.0, # energy of moving the 32 bits of two 16-bit operands, in MACs: 6 in the paper; 12 if each word costs 6
+    plan: dict | None = None, # {layer name: LayerPlan}: count these dense layers as if they were shared
+    weight_bits: int | dict[str, int] = 16, # bits of a weight (of a codebook entry), or {layer name: bits}, others 16
+    activation_bits: int | dict[str, int] = 16, # bits of an activation, likewise
+    stored: str = "indexes", # what a shared or pruned layer stores: one of STORED
+    uses: str = "each", # how N_w and N_x are read: one of USES
+    computation: str = "dense", # how a shared layer computes, one of COMPUTATION; "reuse": the cheaper of the two ways
+    access_cost: float = 6.0, # MACs for moving the 32 bits of two operands: 6 in the paper; 12 if each word costs 6
 ) -> EnergyReport: # for the one image, or for the whole tensor
-    """Computation, weight and activation costs of each convolution and linear layer (paper, eqs. 5 to 7 and section 4.2.2).
+    """Computation, weight and activation costs of each convolution and linear layer (eqs. 5 to 7, section 4.2.2).
 
-    The network is run as by `eval` and left as it was. Weights that are exactly zero count as pruned (on the meta device there are none). Raises
-    `ValueError` for an unknown option or layer, a plan for a layer that is shared already, and an input on which the network does not run.
+    The network is run as by `eval` and left as it was. Weights that are exactly zero count as pruned (on the meta
+    device there are none). Raises `ValueError` for an unknown option or layer, a plan for a layer that is shared
+    already, and an input on which the network does not run.
     """
-    modules, shared = {name: m for name, m in model.named_modules() if isinstance(m, LAYERS)}, shared_layers(model)
-    for option, value, allowed in (("stored", stored, STORED), ("uses", uses, USES), ("computation", computation, COMPUTATION)):
-        if value not in allowed:
-            raise ValueError(f"{option}={value!r} must be one of {', '.join(allowed)}")
-    weight_bits, activation_bits = _bits("weight_bits", weight_bits, modules), _bits("activation_bits", activation_bits, modules)
-    sharing = {name: (len(s.counts), s.layout) for name, s in shared.items()} | _planned(plan or {}, modules, shared)
-    calls, all_macs = _watch(model, input_shape)
-    layers = {name: _Layer.of(m, calls[name], weight_bits[name], activation_bits[name]) for name, m in modules.items() if name in calls}
-    if not layers:
-        raise ValueError(f"input_shape={_brief(input_shape)}: {type(model).__name__} runs no convolution or linear layer on it")
-    rows = tuple({"layer": name or type(model).__name__, **_row(layer, *sharing.get(name, (None, "row")), stored, uses, computation, access_cost)}
-                 for name, layer in layers.items())
     settings = dict(stored=stored, uses=uses, computation=computation, access_cost=access_cost)
+    _check_options(settings)
+    modules = {name: m for name, m in model.named_modules() if isinstance(m, LAYERS)}
+    bits = _bits("weight_bits", weight_bits, modules), _bits("activation_bits", activation_bits, modules)
+    sharing = _sharing(plan or {}, modules, shared_layers(model))
+    calls, all_macs = _watch(model, input_shape)
+    if not calls:
+        raise ValueError(f"input_shape={_brief(input_shape)}: "
+                         f"{type(model).__name__} runs no convolution or linear layer on it")
+    layers = {name: _Layer.of(m, calls[name], *(b[name] for b in bits)) for name, m in modules.items() if name in calls}
+    rows = tuple({"layer": name or type(model).__name__, **_row(layer, *sharing.get(name, (None, "row")), **settings)}
+                 for name, layer in layers.items())
     return EnergyReport(rows, _skipped(model, calls), all_macs - sum(row["macs"] for row in rows), settings)
+
+# %% ../nbs/07_energy.ipynb #check-options
+def _check_options(settings):
+    for option, allowed in (("stored", STORED), ("uses", USES), ("computation", COMPUTATION)):
+        if settings[option] not in allowed:
+            raise ValueError(f"{option}={settings[option]!r} must be one of {', '.join(allowed)}")
 
 # %% ../nbs/07_energy.ipynb #energy-arguments
 def _bits(option, value, modules):
@@ -212,15 +262,22 @@ def _bits(option, value, modules):
             raise ValueError(f"{option}={bits!r} must be a whole number, at least 1")
     return dict.fromkeys(modules, MAC_BITS) | given
 
-
-def _planned(plan, modules, shared):
+# %% ../nbs/07_energy.ipynb #planned
+def _sharing(plan, modules, shared):  # {layer name: (k, layout)} of what is shared or to be counted so
     for name in plan:
-        if name not in modules or name in shared:
-            raise ValueError(f"plan names {name!r}, which is {'shared already' if name in shared else 'no convolution or linear layer of the network'}")
-    rows = {name: modules[name].weight.numel() // row_length(modules[name].weight.shape, p.layout) for name, p in plan.items()}
-    return {name: (min(p.clusters(rows[name]), rows[name]), p.layout) for name, p in plan.items()}
+        if name in shared:
+            raise ValueError(f"plan names {name!r}, which is shared already")
+        if name not in modules:
+            raise ValueError(f"plan names {name!r}, which is no convolution or linear layer of the network")
+    planned = {name: (_clusters(modules[name], own), own.layout) for name, own in plan.items()}
+    return {name: (len(s.counts), s.layout) for name, s in shared.items()} | planned
 
+# %% ../nbs/07_energy.ipynb #clusters
+def _clusters(module, plan):
+    n = module.weight.numel() // row_length(module.weight.shape, plan.layout)
+    return min(plan.clusters(n), n)
 
+# %% ../nbs/07_energy.ipynb #skipped
 def _skipped(model, calls):
     missing = {}
     for name, m in model.named_modules():
@@ -249,68 +306,88 @@ class _Layer:
         weight = module.weight.detach()
         density = 1.0 if weight.is_meta else int(torch.count_nonzero(weight)) / weight.numel()
         macs = sum(_macs(module, weight.shape, x, y) for x, y in calls)
-        return _Layer(module, tuple(weight.shape), density, [y for _, y in calls], macs, sum(prod(x) for x, _ in calls),
+        inputs = sum(prod(x) for x, _ in calls)
+        return _Layer(module, tuple(weight.shape), density, [y for _, y in calls], macs, inputs,
                       _dot_length(module, weight.shape), weight_bits, activation_bits)
 
-    def dense_adders(self):
-        return self.macs * full_adders(self.dim, self.weight_bits, self.activation_bits) / self.dim
+# %% ../nbs/07_energy.ipynb #adders
+def _dense_adders(layer):
+    return layer.macs * full_adders(layer.dim, layer.weight_bits, layer.activation_bits) / layer.dim
 
-    def reuse_adders(self, k, layout):
-        multiplications, additions = map(sum, zip(*(reuse_operations(self.module, y, k, layout) for y in self.outputs)))
-        adder = _adder_bits(self.dim, self.weight_bits, self.activation_bits)
-        return multiplications * self.weight_bits * self.activation_bits + additions * adder
+# %% ../nbs/07_energy.ipynb #reuse-adders
+def _reuse_adders(layer, k, layout):
+    operations = [reuse_operations(layer.module, y, k, layout) for y in layer.outputs]
+    multiplications, additions = map(sum, zip(*operations))
+    adder = _adder_bits(layer.dim, layer.weight_bits, layer.activation_bits)
+    return multiplications * layer.weight_bits * layer.activation_bits + additions * adder
 
-    def costs(self, adders, stored_bits, density, uses, access_cost):  # in units of a MAC
-        weights, pairs, bit = prod(self.shape), density * self.macs, access_cost / (2 * MAC_BITS)
-        each_weight, each_input = {"each": (self.macs / weights, pairs / self.inputs), "all": (self.macs, pairs), "once": (1, 1)}[uses]
-        return dict(computation=adders * self.dim / full_adders(self.dim, MAC_BITS, MAC_BITS), weights=bit * each_weight * stored_bits,
-                    activations=bit * each_input * self.inputs * self.activation_bits)
+# %% ../nbs/07_energy.ipynb #costs
+def _costs(layer, adders, stored_bits, density, uses, access_cost):  # in units of a MAC
+    pairs = density * layer.macs
+    bit = access_cost / (2 * MAC_BITS)
+    each_weight, each_input = {"each": (layer.macs / prod(layer.shape), pairs / layer.inputs),
+                               "all": (layer.macs, pairs), "once": (1, 1)}[uses]
+    return dict(computation=adders * layer.dim / full_adders(layer.dim, MAC_BITS, MAC_BITS),
+                weights=bit * each_weight * stored_bits,
+                activations=bit * each_input * layer.inputs * layer.activation_bits)
 
-
+# %% ../nbs/07_energy.ipynb #row
 def _row(layer, k, layout, stored, uses, computation, access_cost):
-    weights, d = prod(layer.shape), row_length(layer.shape, layout)
+    weights = prod(layer.shape)
+    d = row_length(layer.shape, layout)
     bits = _stored_bits(weights, layer.density, k, d, layer.weight_bits, stored == "indexes")
-    adders = layer.density * layer.dense_adders()
+    adders = layer.density * _dense_adders(layer)
     if computation == "reuse" and k is not None and not isinstance(layer.module, TRANSPOSED):
-        adders = min(adders, layer.reuse_adders(k, layout))
-    cost = layer.costs(adders, bits, layer.density, uses, access_cost)
-    dense = layer.costs(layer.dense_adders(), layer.weight_bits * weights, 1.0, uses, access_cost)
-    return dict(type=type(layer.module).__name__.removeprefix("Parametrized"), dim=layer.dim, macs=layer.macs, k=k, density=layer.density, stored_bits=bits, weight_bits=bits / weights,
-                activation_bits=layer.activation_bits, weight_saving=1 - bits / (layer.weight_bits * weights), full_adders=adders,
-                **cost, total=sum(cost.values()), uncompressed=sum(dense.values()))
+        adders = min(adders, _reuse_adders(layer, k, layout))
+    cost = _costs(layer, adders, bits, layer.density, uses, access_cost)
+    dense = _costs(layer, _dense_adders(layer), layer.weight_bits * weights, 1.0, uses, access_cost)
+    return dict(type=type(layer.module).__name__.removeprefix("Parametrized"), dim=layer.dim, macs=layer.macs, k=k,
+                density=layer.density, stored_bits=bits, weight_bits=bits / weights,
+                activation_bits=layer.activation_bits, weight_saving=1 - bits / (layer.weight_bits * weights),
+                full_adders=adders, **cost, total=sum(cost.values()), uncompressed=sum(dense.values()))
 
 # %% ../nbs/07_energy.ipynb #nnd
-LEVELS = {"DRAM": 200, "GLB": 6, "array": 2, "RF": 1}  # energy of an access to a 16-bit word, in MACs (Chen et al., ISCA 2016)
+# energy of an access to a 16-bit word, in MACs (Chen et al., ISCA 2016)
+LEVELS = {"DRAM": 200, "GLB": 6, "array": 2, "RF": 1}
 
 
 def eyeriss_accesses(
-    in_channels, # input channels of one group
-    out_channels, # output channels of one group
-    side, # height and width of the output
-    kernel, # height and width of the kernel
-    stride=1,
-    batch=4, # images that are computed together
+    in_channels: int, # input channels of one group
+    out_channels: int, # output channels of one group
+    side: int, # height and width of the output
+    kernel: int, # height and width of the kernel
+    stride: int = 1,
+    batch: int = 4, # images that are computed together
 ) -> dict: # {"DRAM W": …, "DRAM I": …, "DRAM O": …, "GLB W": …, …, "RF O": …}
-    """Accesses to 16-bit words on Eyeriss for the whole batch, by memory level and tensor (W weights, I inputs, O outputs), as nn-dataflow 2.1 maps the layer.
+    """Accesses to 16-bit words on Eyeriss for the whole batch, as nn-dataflow 2.1 maps the layer.
 
-    Raises `ImportError` when the extra `energy-ref` is not there.
+    By memory level and tensor (W weights, I inputs, O outputs). Raises `ImportError` without the extra `energy-ref`.
     """
-    from nn_dataflow.core import ConvLayer, Cost, DataLayout, FmapPosition, FmapRange, NodeRegion, Option, ParallelEnum, PartitionScheme, PhyDim2
-    from nn_dataflow.core import Resource, Scheduling, SchedulingCondition, SchedulingConstraint
+    from nn_dataflow.core import ConvLayer, Cost, Option, Scheduling
 
-    one, layer = PhyDim2(1, 1), ConvLayer(in_channels, out_channels, side, kernel, stride)
-    chip, memory = (NodeRegion(dim=one, origin=PhyDim2(0, 0), type=kind) for kind in (NodeRegion.PROC, NodeRegion.DRAM))
-    resource = Resource(chip, memory, memory, memory, dim_array=PhyDim2(12, 14), size_gbuf=108 * 1024 // 2, size_regf=261,
-                        array_bus_width=float("inf"), dram_bandwidth=float("inf"), no_time_mux=False)
-    images = FmapRange(FmapPosition(0, 0, 0, 0), FmapPosition(batch, layer.nifm, layer.hifm, layer.wifm))
-    whole = PartitionScheme(order=range(ParallelEnum.NUM), pdims=[one] * ParallelEnum.NUM).projection(memory, appl2frng=True)
-    condition = SchedulingCondition(resource, SchedulingConstraint(), DataLayout((images,), (memory,), (whole,)), (0, 0, 0))
+    layer = ConvLayer(in_channels, out_channels, side, kernel, stride)
     cost = Cost(mac_op=1, mem_hier=tuple(LEVELS.values()), noc_hop=0, idl_unit=0)
     options = Option(sw_gbuf_bypass=(True,) * 3, sw_solve_loopblocking=True, ntops=1)
-    best, = Scheduling(layer, batch, cost, _row_stationary()).schedule_search(condition, options)
-    return {f"{level} {tensor}": n for level, words in zip(LEVELS, best.scheme["access"]) for tensor, n in zip("WIO", words)}
+    mappings = Scheduling(layer, batch, cost, _row_stationary())
+    best, = mappings.schedule_search(_eyeriss(layer, batch), options)
+    words = zip(LEVELS, best.scheme["access"])
+    return {f"{level} {tensor}": n for level, three in words for tensor, n in zip("WIO", three)}
 
+# %% ../nbs/07_energy.ipynb #eyeriss
+def _eyeriss(layer, batch):  # the chip with the layer's inputs in its memory
+    from nn_dataflow.core import DataLayout, FmapPosition, FmapRange, NodeRegion, ParallelEnum, PartitionScheme, PhyDim2
+    from nn_dataflow.core import Resource, SchedulingCondition, SchedulingConstraint
 
+    one = PhyDim2(1, 1)
+    chip, memory = (NodeRegion(dim=one, origin=PhyDim2(0, 0), type=t) for t in (NodeRegion.PROC, NodeRegion.DRAM))
+    resource = Resource(chip, memory, memory, memory, dim_array=PhyDim2(12, 14), size_gbuf=108 * 1024 // 2,
+                        size_regf=261, array_bus_width=float("inf"), dram_bandwidth=float("inf"), no_time_mux=False)
+    images = FmapRange(FmapPosition(0, 0, 0, 0), FmapPosition(batch, layer.nifm, layer.hifm, layer.wifm))
+    whole = PartitionScheme(order=range(ParallelEnum.NUM), pdims=[one] * ParallelEnum.NUM)
+    layout = DataLayout((images,), (memory,), (whole.projection(memory, appl2frng=True),))
+    return SchedulingCondition(resource, SchedulingConstraint(), layout, (0, 0, 0))
+
+# %% ../nbs/07_energy.ipynb #row-stationary
 def _row_stationary():
     from nn_dataflow.core import MapStrategyEyeriss, MemHierEnum
 
@@ -319,6 +396,7 @@ def _row_stationary():
             ops, _, access, *_ = self._calc_unitpass()
             for loops in super().gen_nested_loop_desc():
                 words = list(loops.unit_access)
-                words[MemHierEnum.ITCN] = tuple(n * loops.unit_ops / ops for n in access[MemHierEnum.ITCN])  # one delivery for each copy
+                # one delivery for each copy
+                words[MemHierEnum.ITCN] = tuple(n * loops.unit_ops / ops for n in access[MemHierEnum.ITCN])
                 yield loops._replace(unit_access=tuple(words))
     return RowStationary

@@ -24,93 +24,127 @@ def _codes_tensor(name, codes, k, opset):  # the codes in the smallest integers 
     from onnx import TensorProto, helper
 
     kind = next(kind for most, kind in _CODE_TYPES if k <= most and not (kind == "UINT4" and opset < 21))
-    values = codes.cpu().numpy()
-    if kind == "UINT4":  # two in a byte, the first in the low half
-        pairs = torch.nn.functional.pad(codes.cpu().to(torch.uint8), (0, len(codes) % 2)).view(-1, 2)
-        raw = (pairs[:, 0] | pairs[:, 1] << 4).numpy().tobytes()
+    if kind == "UINT4":
+        raw = _two_in_a_byte(codes)
     else:
-        raw = values.astype({"UINT8": "<u1", "UINT16": "<u2", "INT32": "<i4"}[kind]).tobytes()
+        raw = codes.cpu().numpy().astype({"UINT8": "<u1", "UINT16": "<u2", "INT32": "<i4"}[kind]).tobytes()
     return helper.make_tensor(name, getattr(TensorProto, kind), [len(codes)], raw, raw=True)
 
-# %% ../nbs/09_export.ipynb #subgraph
-def _weight_nodes(graph, layer, shared, weight, opset):  # replace one initializer of the graph by codebook[codes]
-    from onnx import TensorProto, helper, numpy_helper
-
-    dense = weight.cpu().numpy()
-    found = [i for i in graph.initializer if tuple(i.dims) == dense.shape and numpy_helper.to_array(i).tobytes() == dense.tobytes()]
-    if not found:
-        raise ValueError(f"layer {layer!r} is shared, but its weight is not a constant of the exported graph")
-    graph.initializer.remove(found[0])
-    rows, codes = to_rows(weight, shared.layout).cpu(), shared.codes.long().cpu()  # (n, d), (n,)
-    codebook = rows.new_zeros(len(shared.counts), rows.shape[1]).index_copy_(0, codes, rows)  # (k, d), as the network uses it
-    part = lambda what: f"{layer}.{what}"
-    graph.initializer.extend([numpy_helper.from_array(codebook.numpy(), part("codebook")), _codes_tensor(part("codes"), codes, len(codebook), opset),
-                              numpy_helper.from_array(torch.tensor(dense.shape).numpy(), part("shape"))])
-    return [helper.make_node("Cast", [part("codes")], [part("indexes")], to=TensorProto.INT32),
-            helper.make_node("Gather", [part("codebook"), part("indexes")], [part("rows")], axis=0),
-            helper.make_node("Reshape", [part("rows"), part("shape")], [found[0].name])]
+# %% ../nbs/09_export.ipynb #two-in-a-byte
+def _two_in_a_byte(codes):  # the first in the low half
+    pairs = torch.nn.functional.pad(codes.cpu().to(torch.uint8), (0, len(codes) % 2)).view(-1, 2)
+    return (pairs[:, 0] | pairs[:, 1] << 4).numpy().tobytes()
 
 # %% ../nbs/09_export.ipynb #to-onnx
 def to_onnx(
-    model, # a network, shared or not, on any device; it stays as it is
-    path, # file to write
-    input_shape, # (c, h, w) of one image, as `energy` takes it; the file takes any number of images
+    model: torch.nn.Module, # a network, shared or not, on any device; it stays as it is
+    path: str | Path, # file to write
+    input_shape: tuple[int, ...], # (c, h, w) of one image, as `energy` takes it; the file takes any number of images
     *,
-    opset=21, # operator set; 21 packs two codes of up to 16 clusters into a byte, 18 to 20 do not
+    opset: int = 21, # operator set; 21 packs two codes of up to 16 clusters into a byte, 18 to 20 do not
 ) -> Path: # of the file
-    """Write the network in eval mode as ONNX that keeps weight sharing: codebook, codes as small integers, Cast, Gather, Reshape.
+    """Write the network in eval mode as ONNX that keeps sharing: codebook, small integers, Cast, Gather, Reshape.
 
-    The file appears whole or not at all. Raises `ImportError` when onnx or onnxscript is missing, and `ValueError` for an operator set below 18 or above
-    that of the onnx installed, for an image on which the network does not run, and when a shared weight that is used is not in the graph that torch exports.
+    The file appears whole or not at all. Raises `ImportError` when onnx or onnxscript is missing, and `ValueError` for
+    an operator set below 18 or above that of the onnx installed, for an image on which the network does not run, and
+    when a shared weight that is used is not in the graph that torch exports.
     """
     onnx = _onnx()
-    if not 18 <= opset <= onnx.defs.onnx_opset_version():
-        raise ValueError(f"opset={opset} must be between 18 and {onnx.defs.onnx_opset_version()}")
-    if not input_shape or min(input_shape) < 1:
-        raise ValueError(f"input_shape={tuple(input_shape)} must be (c, h, w) of one image, all at least 1")
+    _check_export(onnx, input_shape, opset)
     dense = unshare(deepcopy(model)).eval().cpu()
-    batch = torch.zeros(2, *input_shape, dtype=next((p.dtype for p in dense.parameters()), None))  # torch would take a 1 for a constant
-    used, proto = _used(dense, batch), _export(dense, batch, opset)
-    nodes = [node for layer, shared in shared_layers(model).items() if layer in used
-             for node in _weight_nodes(proto.graph, layer, shared, dense.get_submodule(layer).weight.detach(), opset)]
-    nodes += _plain(proto)
-    del proto.graph.node[:]
-    proto.graph.node.extend(nodes)
+    dtype = next((p.dtype for p in dense.parameters()), None)
+    batch = torch.zeros(2, *input_shape, dtype=dtype)  # torch would take a 1 for a constant
+    used = _used(dense, batch)
+    proto = _export(dense, batch, opset)
+    _share_graph(proto, model, dense, used, opset)
     onnx.checker.check_model(proto)
     write_file(path, proto.SerializeToString())
     return Path(path)
 
+# %% ../nbs/09_export.ipynb #onnx
+def _onnx():
+    try:
+        import onnx
+        import onnxscript
+    except ImportError as error:
+        needed = f"to_onnx needs {error.name}, which is not installed"
+        raise ImportError(f"{needed}: pip install 'deepkmeans[export]'") from None
+    return onnx
 
-def _used(dense, batch):  # names of the modules that run: auxiliary heads do not
+# %% ../nbs/09_export.ipynb #check-export
+def _check_export(onnx, input_shape, opset):
+    if not 18 <= opset <= onnx.defs.onnx_opset_version():
+        raise ValueError(f"opset={opset} must be between 18 and {onnx.defs.onnx_opset_version()}")
+    if not input_shape or min(input_shape) < 1:
+        raise ValueError(f"input_shape={tuple(input_shape)} must be (c, h, w) of one image, all at least 1")
+
+# %% ../nbs/09_export.ipynb #used
+def _used(dense, batch):  # names of the modules that run
     used = set()
     hooks = [m.register_forward_hook(lambda *_, name=name: used.add(name)) for name, m in dense.named_modules()]
     try:
         with torch.no_grad():
             dense(batch)
     except Exception as error:  # whatever a network says to an input that it was not made for
-        raise ValueError(f"input_shape={tuple(batch.shape[1:])}: the network does not run on it ({first_line(error)}); it is the shape of one image, without a batch axis") from error
+        raise ValueError(f"input_shape={tuple(batch.shape[1:])}: the network does not run on it ({first_line(error)}); "
+                         "it is the shape of one image, without a batch axis") from error
     finally:
         for hook in hooks:
             hook.remove()
     return used
 
+# %% ../nbs/09_export.ipynb #export
+def _export(dense, batch, opset):
+    # optimising would fold batch normalisation into the weights
+    options = dict(dynamo=True, optimize=False, verbose=False, opset_version=opset)
+    shapes = ({0: torch.export.Dim("batch")},)
+    return torch.onnx.export(dense, (batch,), dynamic_shapes=shapes, **options).model_proto
 
+# %% ../nbs/09_export.ipynb #share-graph
+def _share_graph(proto, model, dense, used, opset):
+    nodes = []
+    for layer, shared in shared_layers(model).items():
+        if layer in used:
+            weight = dense.get_submodule(layer).weight.detach()
+            nodes += _weight_nodes(proto.graph, layer, shared, weight, opset)
+    nodes += _plain(proto)
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes)
+
+# %% ../nbs/09_export.ipynb #subgraph
+def _weight_nodes(graph, layer, shared, weight, opset):  # replace one initializer of the graph by codebook[codes]
+    from onnx import TensorProto, helper, numpy_helper
+
+    constant = _constant(graph, layer, weight.cpu().numpy())
+    graph.initializer.remove(constant)
+    codebook, codes, indexes, rows, shape = (f"{layer}.{p}" for p in ("codebook", "codes", "indexes", "rows", "shape"))
+    graph.initializer.extend([numpy_helper.from_array(_codebook(shared, weight).numpy(), codebook),
+                              _codes_tensor(codes, shared.codes.long().cpu(), len(shared.counts), opset),
+                              numpy_helper.from_array(torch.tensor(weight.shape).numpy(), shape)])
+    return [helper.make_node("Cast", [codes], [indexes], to=TensorProto.INT32),
+            helper.make_node("Gather", [codebook, indexes], [rows], axis=0),
+            helper.make_node("Reshape", [rows, shape], [constant.name])]
+
+# %% ../nbs/09_export.ipynb #constant
+def _constant(graph, layer, dense):  # the initializer that holds these numbers
+    from onnx import numpy_helper
+
+    for constant in graph.initializer:
+        if tuple(constant.dims) == dense.shape and numpy_helper.to_array(constant).tobytes() == dense.tobytes():
+            return constant
+    raise ValueError(f"layer {layer!r} is shared, but its weight is not a constant of the exported graph")
+
+# %% ../nbs/09_export.ipynb #codebook
+def _codebook(shared, weight):  # (k, d), as the network uses it
+    rows = to_rows(weight, shared.layout).cpu()  # (n, d)
+    empty = rows.new_zeros(len(shared.counts), rows.shape[1])
+    return empty.index_copy_(0, shared.codes.long().cpu(), rows)
+
+# %% ../nbs/09_export.ipynb #plain
 def _plain(proto):  # the nodes without what torch notes about the source code (kilobytes, with paths of this machine)
-    for part in (proto, proto.graph, *proto.graph.node, *proto.graph.value_info, *proto.graph.input, *proto.graph.output, *proto.graph.initializer):
+    graph = proto.graph
+    named = (*graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer)
+    for part in (proto, graph, *named):
         part.ClearField("metadata_props")
         part.ClearField("doc_string")
-    return list(proto.graph.node)
-
-
-def _onnx():
-    try:
-        import onnx
-        import onnxscript
-    except ImportError as error:
-        raise ImportError(f"to_onnx needs {error.name}, which is not installed: pip install 'deepkmeans[export]'") from None
-    return onnx
-
-
-def _export(dense, batch, opset):
-    options = dict(dynamo=True, optimize=False, verbose=False, opset_version=opset)  # optimising would fold batch normalisation into the weights
-    return torch.onnx.export(dense, (batch,), dynamic_shapes=({0: torch.export.Dim("batch")},), **options).model_proto
+    return list(graph.node)

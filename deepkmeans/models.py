@@ -27,14 +27,17 @@ class _DrawsFrom(TorchDispatchMode):  # every random operation of this thread ta
         self.generator = generator
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        op, kwargs = _drawing(op) or op, kwargs or {}
-        return op(*args, **kwargs, **{"generator": self.generator} if _takes_generator(op) and kwargs.get("generator") is None else {})
+        op = _drawing(op) or op
+        kwargs = dict(kwargs or {})
+        if _takes_generator(op) and kwargs.get("generator") is None:
+            kwargs["generator"] = self.generator
+        return op(*args, **kwargs)
 
-
+# %% ../nbs/10_models.ipynb #takes-generator
 def _takes_generator(op):
     return any(argument.name == "generator" for argument in op._schema.arguments)
 
-
+# %% ../nbs/10_models.ipynb #drawing
 def _drawing(op):  # of randn and the like the overload that takes a generator
     name = {"default": "generator", "low": "low_generator"}.get(op._overloadname)
     return getattr(op.overloadpacket, name) if name in op.overloadpacket.overloads() else None
@@ -45,7 +48,7 @@ class _CountsForReal(TorchFunctionMode):  # the numbers that a builder computes 
         real = {"device": "cpu"} if function in (torch.arange, torch.linspace, torch.tensor) else {}
         return function(*args, **(kwargs or {}) | real)
 
-
+# %% ../nbs/10_models.ipynb #seeded-draws
 @contextmanager
 def _seeded(seed):
     if seed is None:
@@ -59,7 +62,8 @@ def _seeded(seed):
 def _remembered(builder):
     @wraps(builder)
     def remembering(*args, **options):
-        model, given = builder(*args, **options), signature(builder).bind(*args, **options)
+        model = builder(*args, **options)
+        given = signature(builder).bind(*args, **options)
         given.apply_defaults()
         model.architecture = {"name": builder.__name__} | {k: v for k, v in given.arguments.items() if k != "seed"}
         return model
@@ -80,7 +84,7 @@ class Enlarge(nn.Module):
 
     def __init__(
         self,
-        size, # side of the images that come out, in pixels
+        size: int, # side of the images that come out, in pixels
     ):
         super().__init__()
         self.size = size
@@ -88,7 +92,8 @@ class Enlarge(nn.Module):
     def forward(self, images): # (b, c, h, w) → (b, c, size, size)
         h, w = images.shape[-2:]
         if max(h, w) > self.size:
-            raise ValueError(f"image size {h}×{w} must be at most {self.size}×{self.size}, the size this network was built for")
+            raise ValueError(f"image size {h}×{w} must be at most {self.size}×{self.size}, "
+                             "the size this network was built for")
         if h == w == self.size:
             return images
         return F.interpolate(images, size=(self.size, self.size), mode="bilinear", align_corners=False)
@@ -99,17 +104,19 @@ class Enlarge(nn.Module):
 # %% ../nbs/10_models.ipynb #lenet
 @_remembered
 def lenet5(
-    num_classes=10, # number of outputs
-    in_channels=1, # channels of the images
-    image_size=28, # side of the images in pixels; smaller images are enlarged to it
-    seed=0, # seed of the initial weights
+    num_classes: int = 10, # number of outputs
+    in_channels: int = 1, # channels of the images
+    image_size: int = 28, # side of the images in pixels; smaller images are enlarged to it
+    seed: int | None = 0, # seed of the initial weights
 ) -> nn.Sequential: # (b, in_channels, h, w) → (b, num_classes) logits
     """Caffe's LeNet-5 (20 and 50 filters of 5×5, 500 hidden units): 431,080 parameters for 1×28×28 and 10 classes.
 
-    Source: Caffe's `lenet.prototxt`, weights by its `xavier` filler. At least 16×16 pixels. Raises `ValueError` for a smaller `image_size`.
+    Source: Caffe's `lenet.prototxt`, weights by its `xavier` filler. At least 16×16 pixels. Raises `ValueError` for a
+    smaller `image_size`.
     """
     if image_size < 16:
-        raise ValueError(f"image_size={image_size} must be at least 16: two 5×5 convolutions and two poolings leave nothing of less")
+        raise ValueError(f"image_size={image_size} must be at least 16: "
+                         "two 5×5 convolutions and two poolings leave nothing of less")
     side = ((image_size - 4) // 2 - 4) // 2  # of the maps that reach the first linear layer
     with _seeded(seed):
         model = nn.Sequential(OrderedDict(
@@ -125,23 +132,25 @@ def _conv_bn_relu(name, c_in, c_out, padding):
     return {f"conv{name}": nn.Conv2d(c_in, c_out, 3, padding=padding, bias=False),
             f"bn{name}": nn.BatchNorm2d(c_out, eps=1e-3), f"relu{name}": nn.ReLU(inplace=True)}
 
-
+# %% ../nbs/10_models.ipynb #tt-conv-cnn
 @_remembered
 def tt_conv_cnn(
-    num_classes=10, # number of outputs
-    in_channels=3, # channels of the images
-    seed=0, # seed of the initial weights
+    num_classes: int = 10, # number of outputs
+    in_channels: int = 3, # channels of the images
+    seed: int | None = 0, # seed of the initial weights
 ) -> nn.Sequential: # (b, in_channels, h, w) with h, w ≤ 32 → (b, num_classes) logits
     """The all-convolutional CIFAR-10 network of table 1: 554,688 convolution weights, 557,248 parameters.
 
-    Images under 32×32 are enlarged to it. Source: Garipov et al. 2016 (arXiv 1611.03214), `nets/conv.py` of their code, without
-    convolution biases as at the time of the paper; weights Xavier-normal. Batch statistics: see the text above.
+    Images under 32×32 are enlarged to it. Source: Garipov et al. 2016 (arXiv 1611.03214), `nets/conv.py` of their code,
+    without convolution biases as at the time of the paper; weights Xavier-normal. Batch statistics: see the text above.
     """
     with _seeded(seed):
         model = nn.Sequential(OrderedDict(
             enlarge=Enlarge(32),
-            **_conv_bn_relu("1_1", in_channels, 64, 1), **_conv_bn_relu("1_2", 64, 64, 1), pool1=nn.MaxPool2d(3, 2, ceil_mode=True),
-            **_conv_bn_relu("2_1", 64, 128, 1), **_conv_bn_relu("2_2", 128, 128, 1), pool2=nn.MaxPool2d(3, 2, ceil_mode=True),
+            **_conv_bn_relu("1_1", in_channels, 64, 1), **_conv_bn_relu("1_2", 64, 64, 1),
+            pool1=nn.MaxPool2d(3, 2, ceil_mode=True),
+            **_conv_bn_relu("2_1", 64, 128, 1), **_conv_bn_relu("2_2", 128, 128, 1),
+            pool2=nn.MaxPool2d(3, 2, ceil_mode=True),
             **_conv_bn_relu("3_1", 128, 128, 0), **_conv_bn_relu("3_2", 128, 128, 0), pool3=nn.AvgPool2d(4),
             flatten=nn.Flatten(), linear=nn.Linear(128, num_classes, bias=False)))
         return _initialise(model, nn.init.xavier_normal_)
@@ -149,17 +158,22 @@ def tt_conv_cnn(
 # %% ../nbs/10_models.ipynb #freshnet
 @_remembered
 def freshnet_cnn(
-    num_classes=10, # number of outputs
-    in_channels=3, # channels of the images
-    dropout=0.25, # rate of the dropout after each pooling
-    seed=0, # seed of the initial weights
+    num_classes: int = 10, # number of outputs
+    in_channels: int = 3, # channels of the images
+    dropout: float = 0.25, # rate of the dropout after each pooling
+    seed: int | None = 0, # seed of the initial weights
 ) -> nn.Sequential: # (b, in_channels, h, w) with h, w ≤ 32 → (b, num_classes) logits
     """The CIFAR-10 network of table 2: 1,180,000 convolution weights, 1,221,514 parameters.
 
-    Images under 32×32 are enlarged to it. Source: Chen et al. 2016 (arXiv 1506.04449); initial weights are PyTorch's, which are Torch 7's.
+    Images under 32×32 are enlarged to it. Source: Chen et al. 2016 (arXiv 1506.04449); initial weights are PyTorch's,
+    which are Torch 7's.
     """
-    def conv(c_in, c_out): return nn.Conv2d(c_in, c_out, 5, padding=2)
-    def pool(): return nn.Sequential(nn.MaxPool2d(2), nn.Dropout(dropout), nn.ReLU(inplace=True))
+    def conv(c_in, c_out):
+        return nn.Conv2d(c_in, c_out, 5, padding=2)
+
+    def pool():
+        return nn.Sequential(nn.MaxPool2d(2), nn.Dropout(dropout), nn.ReLU(inplace=True))
+
     with _seeded(seed):
         return nn.Sequential(OrderedDict(
             enlarge=Enlarge(32),
@@ -171,9 +185,11 @@ def freshnet_cnn(
 class _Block(nn.Module):
     def __init__(self, c_in, c_out, stride, dropout):
         super().__init__()
-        self.bn1, self.conv1 = nn.BatchNorm2d(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.bn1 = nn.BatchNorm2d(c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.dropout = nn.Dropout(dropout)
-        self.bn2, self.conv2 = nn.BatchNorm2d(c_out), nn.Conv2d(c_out, c_out, 3, stride=stride, padding=1)
+        self.bn2 = nn.BatchNorm2d(c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, stride=stride, padding=1)
         same = stride == 1 and c_in == c_out
         self.shortcut = nn.Identity() if same else nn.Conv2d(c_in, c_out, 1, stride=stride)
 
@@ -186,7 +202,7 @@ def _stage(c_in, c_out, stride, dropout, n):
     blocks = [_Block(c_in, c_out, stride, dropout)] + [_Block(c_out, c_out, 1, dropout) for _ in range(n - 1)]
     return nn.Sequential(OrderedDict((f"b{i}", block) for i, block in enumerate(blocks, 1)))
 
-
+# %% ../nbs/10_models.ipynb #xavier-relu
 def _xavier_relu(model):
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
@@ -197,17 +213,17 @@ def _xavier_relu(model):
 # %% ../nbs/10_models.ipynb #wrn
 @_remembered
 def wide_resnet(
-    num_classes=10, # number of outputs
-    in_channels=3, # channels of the images
-    depth=16, # 6n + 4: n blocks in each of the three stages
-    widen=4, # factor on the widths 16, 32, 64 of the stages
-    dropout=0.3, # rate between the two convolutions of a block: 0.3 in the released code, 0 in Ullrich et al. 2017
-    seed=0, # seed of the initial weights
+    num_classes: int = 10, # number of outputs
+    in_channels: int = 3, # channels of the images
+    depth: int = 16, # 6n + 4: n blocks in each of the three stages
+    widen: int = 4, # factor on the widths 16, 32, 64 of the stages
+    dropout: float = 0.3, # rate between the two convolutions of a block; 0 in Ullrich et al. 2017
+    seed: int | None = 0, # seed of the initial weights
 ) -> nn.Sequential: # (b, in_channels, h, w), any h and w → (b, num_classes) logits
-    """The pre-activation Wide ResNet of table 3 (depth 16, widening 4): 2,751,146 parameters in 16 convolutions and a linear layer.
+    """The pre-activation Wide ResNet of table 3 (depth 16, widening 4): 2,751,146 parameters, 16 convolutions.
 
-    Source: the released code of Wu et al. 2018 (architecture), the code it derives from (Xavier-uniform initial weights, gain √2).
-    Raises `ValueError` for a depth that is not 6n + 4.
+    Source: the released code of Wu et al. 2018 (architecture), the code it derives from (Xavier-uniform initial
+    weights, gain √2). Raises `ValueError` for a depth that is not 6n + 4.
     """
     n, rest = divmod(depth - 4, 6)
     if n < 1 or rest:
@@ -225,35 +241,38 @@ def _only_rgb(in_channels, name):
     if in_channels != 3:
         raise ValueError(f"in_channels={in_channels} must be 3: {name} is torchvision's network for colour images")
 
-
+# %% ../nbs/10_models.ipynb #googlenet
 @_remembered
 def googlenet(
-    num_classes=1000, # number of outputs
-    in_channels=3, # only 3
-    transform_input=True, # put ImageNet-normalised images into the range of torchvision's released weights?
-    dropout=0.2, # rate before the linear layer
-    seed=0, # seed of the initial weights
+    num_classes: int = 1000, # number of outputs
+    in_channels: int = 3, # only 3
+    transform_input: bool = True, # put ImageNet-normalised images into the range of torchvision's weights?
+    dropout: float = 0.2, # rate before the linear layer
+    seed: int | None = 0, # seed of the initial weights
 ) -> nn.Module: # (b, 3, h, w) → (b, num_classes) logits
-    """torchvision's GoogLeNet (batch normalization, no auxiliary heads): 5,585,344 convolution weights, 6,624,904 parameters.
+    """torchvision's GoogLeNet (batch normalization, no auxiliary heads): 5,585,344 convolution weights.
 
-    Source: the network of table 4, Szegedy et al. 2015. Raises `ValueError` when `in_channels` is not 3.
+    It has 6,624,904 parameters. Source: the network of table 4, Szegedy et al. 2015. Raises `ValueError` when
+    `in_channels` is not 3.
     """
     _only_rgb(in_channels, "googlenet")
     from torchvision.models import GoogLeNet
     with _seeded(seed):
-        return GoogLeNet(num_classes, aux_logits=False, transform_input=transform_input, init_weights=seed is not None, dropout=dropout)
+        return GoogLeNet(num_classes, aux_logits=False, transform_input=transform_input,
+                         init_weights=seed is not None, dropout=dropout)
 
-
+# %% ../nbs/10_models.ipynb #alexnet
 @_remembered
 def alexnet(
-    num_classes=1000, # number of outputs
-    in_channels=3, # only 3
-    dropout=0.5, # rate before the two hidden linear layers
-    seed=0, # seed of the initial weights
+    num_classes: int = 1000, # number of outputs
+    in_channels: int = 3, # only 3
+    dropout: float = 0.5, # rate before the two hidden linear layers
+    seed: int | None = 0, # seed of the initial weights
 ) -> nn.Module: # (b, 3, h, w), h and w ≥ 63 → (b, num_classes) logits
     """torchvision's AlexNet: 2,468,544 convolution weights, 61,100,840 parameters.
 
-    Source: section 4.2.1 uses an AlexNet; this is the one of Krizhevsky 2014. Raises `ValueError` when `in_channels` is not 3.
+    Source: section 4.2.1 uses an AlexNet; this is the one of Krizhevsky 2014. Raises `ValueError` when `in_channels` is
+    not 3.
     """
     _only_rgb(in_channels, "alexnet")
     from torchvision.models import AlexNet
@@ -263,10 +282,10 @@ def alexnet(
 # %% ../nbs/10_models.ipynb #stand-in
 @_remembered
 def googlenet_64(
-    num_classes=10, # number of outputs
-    in_channels=3, # channels of the images
-    dropout=0.2, # rate before the linear layer
-    seed=0, # seed of the initial weights
+    num_classes: int = 10, # number of outputs
+    in_channels: int = 3, # channels of the images
+    dropout: float = 0.2, # rate before the linear layer
+    seed: int | None = 0, # seed of the initial weights
 ) -> nn.Sequential: # (b, in_channels, h, w) with h, w ≤ 64 → (b, num_classes) logits
     """GoogLeNet behind an enlargement to 64×64 pixels: our stand-in for table 4 where ILSVRC12 is not at hand."""
     net = googlenet(num_classes, transform_input=False, dropout=dropout, seed=seed)
@@ -276,17 +295,19 @@ def googlenet_64(
     return nn.Sequential(OrderedDict(enlarge=Enlarge(64), googlenet=net))
 
 # %% ../nbs/10_models.ipynb #build
-MODELS = {builder.__name__: builder for builder in (lenet5, tt_conv_cnn, freshnet_cnn, wide_resnet, googlenet, alexnet, googlenet_64)}
+_BUILDERS = (lenet5, tt_conv_cnn, freshnet_cnn, wide_resnet, googlenet, alexnet, googlenet_64)
+MODELS = {builder.__name__: builder for builder in _BUILDERS}
 
 
 def build(
-    name, # one of MODELS, or "torchvision:" and the name of one of torchvision's classifiers
-    num_classes=10, # number of outputs
+    name: str, # one of MODELS, or "torchvision:" and the name of one of torchvision's classifiers
+    num_classes: int = 10, # number of outputs
     **options, # what the builder of that name takes: in_channels, seed, dropout, depth, ...
 ) -> nn.Module: # (b, c, h, w) → (b, num_classes) logits
-    """The network of that name, freshly initialised from `seed` (an option, 0 by default); the global generators stay as they were.
+    """The network of that name, freshly initialised from `seed` (an option, 0 by default).
 
-    With `seed=None` it has no weights, only their shapes, on the meta device. Raises `ValueError` for an unknown name.
+    The global generators stay as they were. With `seed=None` it has no weights, only their shapes, on the meta device.
+    Raises `ValueError` for an unknown name.
     """
     if str(name).startswith("torchvision:"):
         return _torchvision(name, num_classes, **options)
@@ -294,12 +315,13 @@ def build(
         raise ValueError(f"name={name!r} must be one of {', '.join(MODELS)}, or torchvision:NAME")
     return MODELS[name](num_classes, **options)
 
-
+# %% ../nbs/10_models.ipynb #torchvision
 def _torchvision(name, num_classes, seed=0, **options):
     from torchvision import models
     short = name.removeprefix("torchvision:")
     if short not in models.list_models(module=models):
-        raise ValueError(f"name={name!r} must be one of {', '.join(MODELS)}, or a classifier that torchvision.models.list_models() lists")
+        raise ValueError(f"name={name!r} must be one of {', '.join(MODELS)}, "
+                         "or a classifier that torchvision.models.list_models() lists")
     with _seeded(seed):
         model = models.get_model(short, weights=None, num_classes=num_classes, **options)
     model.architecture = {"name": name, "num_classes": num_classes, **options}
@@ -307,8 +329,8 @@ def _torchvision(name, num_classes, seed=0, **options):
 
 # %% ../nbs/10_models.ipynb #weights
 def load_weights(
-    model, # a network; its weights are replaced
-    path, # safetensors, or a state dict that loads with weights_only=True; what belongs to a training beside the network is left out
+    model: nn.Module, # a network; its weights are replaced
+    path: str | Path, # safetensors, or a state dict that loads with weights_only=True; other things are left out
 ) -> nn.Module: # the same network
     """Put the weights of a file into a network that has tensors of just those names and shapes.
 
@@ -323,37 +345,56 @@ def load_weights(
         model.load_state_dict(state)
     except Exception as error:  # modules may load themselves, and shared weights check their codes
         model.load_state_dict(before)
-        raise ValueError(f"checkpoint={str(path)!r} does not fit the architecture: {first_line(error, -1)}") from None
+        problem = first_line(error, -1)
+        raise ValueError(f"checkpoint={str(path)!r} does not fit the architecture: {problem}") from None
     return model
 
-
+# %% ../nbs/10_models.ipynb #misfit
 def _misfit(new, own):  # why a tensor of a file cannot replace one of the network, or None
     if new is None or own is None or new.shape != own.shape:
-        has = [f"{'×'.join(map(str, t.shape)) or 'a number'}" if t is not None else "no such tensor" for t in (new, own)]
-        return f"{has[0]} in the file and {has[1]} in the network"
-    kinds = ["without values" if t.is_meta else "sparse" if t.layout != torch.strided else "quantized" if t.is_quantized else "complex" if t.is_complex() else "" for t in (new, own)]
-    if kinds[0] != kinds[1] or kinds[0] not in ("", "complex"):
-        return f"{kinds[0] or 'dense'} in the file and {kinds[1] or 'dense'} in the network"
+        return f"{_size(new)} in the file and {_size(own)} in the network"
+    kinds = _kind_of(new), _kind_of(own)
+    if kinds[0] != kinds[1] or kinds[0] not in ("dense", "complex"):
+        return f"{kinds[0]} in the file and {kinds[1]} in the network"
+
+# %% ../nbs/10_models.ipynb #size-and-kind
+def _size(tensor):
+    if tensor is None:
+        return "no such tensor"
+    return "×".join(map(str, tensor.shape)) or "a number"
+
+# %% ../nbs/10_models.ipynb #kind-of
+def _kind_of(tensor):
+    if tensor.is_meta:
+        return "without values"
+    if tensor.layout != torch.strided:
+        return "sparse"
+    if tensor.is_quantized:
+        return "quantized"
+    return "complex" if tensor.is_complex() else "dense"
 
 # %% ../nbs/10_models.ipynb #first-line
 def first_line(
-    error, # an exception
-    line=0, # which line of its message
+    error: Exception, # of any kind
+    line: int = 0, # which line of its message
 ) -> str: # one line, without what a terminal would take for a command
     """What an error of another library says, in one line; its kind where it says nothing."""
     lines = str(error).splitlines() or [""]
     return "".join(c for c in lines[line].strip() if c.isprintable()) or type(error).__name__
 
 # %% ../nbs/10_models.ipynb #contents
-def _contents(path):  # of a file: {name: tensor} and {module: what it notes on versions}, nested dictionaries joined by dots
+def _contents(path):  # of a file: {name: tensor} and {module: its note on versions}, nested dictionaries joined by dots
     if not Path(path).is_file():
         raise ValueError(f"checkpoint={str(path)!r} is no file")
     try:
-        return _flat(_read_safetensors(path) if _is_safetensors(path) else torch.load(path, map_location="cpu", weights_only=True))
+        if _is_safetensors(path):
+            return _flat(_read_safetensors(path))
+        return _flat(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # each reader has errors of its own for what it does not know
-        raise ValueError(f"checkpoint={str(path)!r} is neither safetensors nor a state dict that loads with weights_only: {_unreadable(path, error)}") from None
+        problem = f"is neither safetensors nor a state dict that loads with weights_only: {_unreadable(path, error)}"
+        raise ValueError(f"checkpoint={str(path)!r} {problem}") from None
 
-
+# %% ../nbs/10_models.ipynb #unreadable
 def _unreadable(path, error):  # why a file could not be read, in one line
     if not _begins(path, b"PK", b"\x80") and not _is_safetensors(path):  # a zip archive, or the pickle of older days
         return "neither torch nor safetensors wrote it"
@@ -361,40 +402,53 @@ def _unreadable(path, error):  # why a file could not be read, in one line
         return "it holds Python objects, such as a whole network; save its state_dict()"
     return f"it is damaged ({first_line(error)[:100]})"
 
-
-def _flat(content, prefix=""):
-    tensors, versions = {}, {f"{prefix}{name}".rstrip("."): note for name, note in getattr(content, "_metadata", {}).items()}
-    for name, value in content.items() if isinstance(content, dict) else ():
-        if isinstance(value, torch.Tensor):
-            tensors[f"{prefix}{name}"] = value
-        inner = _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else ({}, {})
-        tensors, versions = tensors | inner[0], versions | inner[1]
-    return tensors, versions
-
-# %% ../nbs/10_models.ipynb #unwrapped
-WRAPPERS = {"state_dict", "model_state_dict", "model", "net", "network", "module", "_orig_mod"}  # parts of a name that are none of a layer's
-
-
-def _unwrapped(tensors, versions, own):  # the state dict that has most names of the network's own, without what stands before them
-    first = next(iter(own), "")
-    prefixes = ["", *(name.removesuffix(first) for name in tensors if name.endswith(f".{first}") and WRAPPERS >= set(name.removesuffix(f".{first}").split(".")))]
-    under = lambda prefix: OrderedDict((name.removeprefix(prefix), t) for name, t in tensors.items() if name.startswith(prefix))
-    prefix = max(prefixes, key=lambda prefix: len(under(prefix).keys() & own.keys()))
-    state = under(prefix)
-    state._metadata = OrderedDict((module, versions.get(f"{prefix}{module}".rstrip("."), note)) for module, note in own._metadata.items())
-    return state
-
-
+# %% ../nbs/10_models.ipynb #is-safetensors
 def _is_safetensors(path):
     return _begins(path, b"{", at=8)
 
-
+# %% ../nbs/10_models.ipynb #begins
 def _begins(path, *starts, at=0):
     with open(path, "rb") as file:
         return file.read(at + 2)[at:].startswith(starts)
 
-
+# %% ../nbs/10_models.ipynb #read-safetensors
 def _read_safetensors(path):
     from safetensors.torch import load_file
 
     return load_file(path)
+
+# %% ../nbs/10_models.ipynb #flat
+def _flat(content, prefix=""):
+    tensors = {}
+    versions = {f"{prefix}{name}".rstrip("."): note for name, note in getattr(content, "_metadata", {}).items()}
+    for name, value in content.items() if isinstance(content, dict) else ():
+        if isinstance(value, torch.Tensor):
+            tensors[f"{prefix}{name}"] = value
+        if isinstance(value, dict):
+            inner, notes = _flat(value, f"{prefix}{name}.")
+            tensors |= inner
+            versions |= notes
+    return tensors, versions
+
+# %% ../nbs/10_models.ipynb #unwrapped
+def _unwrapped(tensors, versions, own):  # the state dict that has most names of the network's own
+    prefix = max(_prefixes(tensors, own), key=lambda prefix: len(_under(prefix, tensors).keys() & own.keys()))
+    state = _under(prefix, tensors)
+    notes = {module: versions.get(f"{prefix}{module}".rstrip("."), note) for module, note in own._metadata.items()}
+    state._metadata = OrderedDict(notes)
+    return state
+
+# %% ../nbs/10_models.ipynb #under
+def _under(prefix, tensors):
+    inner = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    return OrderedDict(inner)
+
+# %% ../nbs/10_models.ipynb #prefixes
+# parts of a name that are none of a layer's
+WRAPPERS = {"state_dict", "model_state_dict", "model", "net", "network", "module", "_orig_mod"}
+
+
+def _prefixes(tensors, own):  # what may stand before the network's names
+    first = next(iter(own), "")
+    wrapped = [name.removesuffix(f".{first}") for name in tensors if name.endswith(f".{first}")]
+    return ["", *(f"{before}." for before in wrapped if WRAPPERS >= set(before.split(".")))]

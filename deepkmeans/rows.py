@@ -15,8 +15,8 @@ LAYOUTS = ("scalar", "row", "kernel", "filter")
 
 
 def row_length(
-    shape, # shape of the weight: (out, in/groups, *kernel) for a convolution, (out, in) for a linear layer
-    layout="row", # one of LAYOUTS
+    shape: tuple[int, ...], # of the weight: (out, in/groups, *kernel) for a convolution, (out, in) for a linear layer
+    layout: str = "row", # one of LAYOUTS
 ) -> int: # d, the number of weights in a row
     """The length d of the rows into which a weight of this shape is cut.
 
@@ -29,12 +29,13 @@ def row_length(
     if len(shape) < 2:
         raise ValueError(f"shape={tuple(shape)} must have at least two axes: (out, in, *kernel)")
     kernel = tuple(shape[2:])
-    return {"scalar": 1, "row": kernel[-1] if kernel else 1, "kernel": prod(kernel), "filter": prod(shape[1:])}[layout]
+    last = kernel[-1] if kernel else 1
+    return {"scalar": 1, "row": last, "kernel": prod(kernel), "filter": prod(shape[1:])}[layout]
 
 # %% ../nbs/00_rows.ipynb #to-rows
 def to_rows(
-    weight, # weight of a convolution or linear layer, (out, in/groups, *kernel)
-    layout="row", # one of LAYOUTS
+    weight: torch.Tensor, # weight of a convolution or linear layer, (out, in/groups, *kernel)
+    layout: str = "row", # one of LAYOUTS
 ) -> torch.Tensor: # (n, d); a view of `weight` where it is contiguous
     """The rows of a weight, (n, d) with n·d = weight.numel() (paper, section 2).
 
@@ -42,18 +43,19 @@ def to_rows(
     """
     return weight.reshape(-1, row_length(weight.shape, layout))
 
-
+# %% ../nbs/00_rows.ipynb #from-rows
 def from_rows(
-    rows, # (n, d)
-    shape, # shape of the weight to build
-    layout="row", # the layout that `to_rows` was given
+    rows: torch.Tensor, # (n, d)
+    shape: tuple[int, ...], # shape of the weight to build
+    layout: str = "row", # the layout that `to_rows` was given
 ) -> torch.Tensor: # weight of the given shape
     """The weight whose rows these are: the inverse of `to_rows`.
 
     Raises `ValueError` when `rows` is not the (n, d) that this shape and layout have.
     """
     d = row_length(shape, layout)
-    if tuple(rows.shape) != (prod(shape) // d, d):
+    n = prod(shape) // d
+    if tuple(rows.shape) != (n, d):
         raise ValueError(f"rows have shape {tuple(rows.shape)}, but a weight {tuple(shape)} in layout {layout!r} has "
-                         f"({prod(shape) // d}, {d})")
+                         f"({n}, {d})")
     return rows.reshape(shape)

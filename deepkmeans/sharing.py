@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CONVOLUTIONS', 'TRANSPOSED', 'LAYERS', 'COLUMNS', 'LayerPlan', 'Plan', 'make_plan', 'Codes', 'SharedWeight',
-           'centroids', 'as_text', 'SharingReport', 'cluster', 'planned_layers', 'cluster_layers', 'side_by_side',
+           'centroids', 'cluster', 'planned_layers', 'cluster_layers', 'side_by_side', 'SharingReport', 'as_text',
            'share', 'share_layers', 'share_layer', 'shared_layers', 'unshare']
 
 # %% ../nbs/02_sharing.ipynb #imports
@@ -12,7 +12,7 @@ import shutil
 import sys
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 import torch
@@ -22,7 +22,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from tqdm import tqdm
 
-from .kmeans import Clustering, decode, kmeans
+from .kmeans import Clustering, kmeans
 from .rows import LAYOUTS, from_rows, to_rows
 
 # %% ../nbs/02_sharing.ipynb #layer-plan
@@ -30,9 +30,10 @@ from .rows import LAYOUTS, from_rows, to_rows
 class LayerPlan:
     """What one layer gets: `k` clusters, or `rate` = k/n (exactly one of them).
 
-    `sparsity` is p, the fraction of rows, those of smallest norm, whose centre is fixed at zero (counted as one of the k; paper,
-    section 3.2 and Table 3). With `sparse_at="mean"` they are the rows nearest to the mean row, and their centre is their mean, as the released
-    code of the paper has it. `layout` says what a row is. Raises `ValueError` for values out of bounds.
+    `sparsity` is p, the fraction of rows, those of smallest norm, whose centre is fixed at zero (counted as one of
+    the k; paper, section 3.2 and Table 3). With `sparse_at="mean"` they are the rows nearest to the mean row, and their
+    centre is their mean, as the released code of the paper has it. `layout` says what a row is. Raises `ValueError` for
+    values out of bounds.
     """
     k: int | None = None
     rate: float | None = None
@@ -41,29 +42,37 @@ class LayerPlan:
     sparse_at: str = "zero"
 
     def __post_init__(self):
-        if (self.k is None) == (self.rate is None):
-            raise ValueError(f"k={self.k} and rate={self.rate}: give exactly one of them")
-        if self.k is not None and self.k < 1:
-            raise ValueError(f"k={self.k} must be at least 1")
-        if self.k is not None and self.k % 1:
-            raise ValueError(f"k={self.k} must be a whole number")
-        if self.rate is not None and not 0 < self.rate <= 1:
-            raise ValueError(f"rate={self.rate} must be above 0 and at most 1")
-        if not 0 <= self.sparsity < 1:
-            raise ValueError(f"sparsity={self.sparsity} must be at least 0 and below 1")
-        if self.sparse_at not in ("zero", "mean"):
-            raise ValueError(f"sparse_at={self.sparse_at!r} must be 'zero' or 'mean'")
-        if self.layout not in LAYOUTS:
-            raise ValueError(f"layout={self.layout!r} must be one of {', '.join(LAYOUTS)}")
+        _check_number_of_clusters(self.k, self.rate)
+        _check_rows(self.sparsity, self.sparse_at, self.layout)
 
     @property
     def pinned(self) -> bool:
         """Is the first centre fixed at zero?"""
         return self.sparsity > 0 and self.sparse_at == "zero"
 
-    def clusters(self, n) -> int:
+    def clusters(self, n: int) -> int:
         """The number of clusters wanted for n rows: k, or rate·n rounded and at least 1."""
         return self.k if self.k is not None else max(1, round(self.rate * n))
+
+# %% ../nbs/02_sharing.ipynb #layer-plan-checks
+def _check_number_of_clusters(k, rate):
+    if (k is None) == (rate is None):
+        raise ValueError(f"k={k} and rate={rate}: give exactly one of them")
+    if k is not None and k < 1:
+        raise ValueError(f"k={k} must be at least 1")
+    if k is not None and k % 1:
+        raise ValueError(f"k={k} must be a whole number")
+    if rate is not None and not 0 < rate <= 1:
+        raise ValueError(f"rate={rate} must be above 0 and at most 1")
+
+# %% ../nbs/02_sharing.ipynb #layer-plan-check-rows
+def _check_rows(sparsity, sparse_at, layout):
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity={sparsity} must be at least 0 and below 1")
+    if sparse_at not in ("zero", "mean"):
+        raise ValueError(f"sparse_at={sparse_at!r} must be 'zero' or 'mean'")
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout={layout!r} must be one of {', '.join(LAYOUTS)}")
 
 # %% ../nbs/02_sharing.ipynb #plan
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -80,50 +89,60 @@ class Plan(dict):
 
 # %% ../nbs/02_sharing.ipynb #make-plan
 def make_plan(
-    model, # the network
+    model: nn.Module, # the network
     *,
-    k=None, # clusters in every layer, or one number for each planned layer in order
-    rate=None, # cluster rate k/n in every layer, or one for each; exactly one of k and rate
-    first=None, # for the first planned layer: a k (int) or a rate (float)
-    sparsity=0.0, # fraction of rows pinned to zero, or one for each planned layer
-    layout="row", # one of `rows.LAYOUTS`
-    sparse_at="zero", # where the sparsity gathers its rows: "zero" (the paper) or "mean" (its released code)
-    include=(*CONVOLUTIONS, *TRANSPOSED), # module types that are planned
-    exclude=(), # names or glob patterns of layers to leave dense
-    overrides=None, # {name or glob pattern: LayerPlan}, last word for the layers that match; a name goes before patterns, a later pattern before an earlier one
+    k: int | list[int] | None = None, # clusters in every layer, or one number for each planned layer in order
+    rate: float | list[float] | None = None, # cluster rate k/n in every layer, or one for each; either this or k
+    first: int | float | None = None, # for the first planned layer: a k (int) or a rate (float)
+    sparsity: float | list[float] = 0.0, # fraction of rows pinned to zero, or one for each planned layer
+    layout: str = "row", # one of `rows.LAYOUTS`
+    sparse_at: str = "zero", # where the sparsity gathers its rows: "zero" (the paper) or "mean" (its released code)
+    include: tuple[type, ...] = (*CONVOLUTIONS, *TRANSPOSED), # module types that are planned
+    exclude: str | tuple[str, ...] = (), # names or glob patterns of layers to leave dense
+    overrides: dict[str, LayerPlan] | None = None, # {name or glob pattern: the last word for the layers that match}
 ) -> Plan: # {layer name: LayerPlan} in the order of `model.named_modules()`
     """A `LayerPlan` for each layer of the wanted types.
 
-    Raises `ValueError` when nothing matches, when a list has another length than there are layers, or when a name or pattern in
-    `exclude` or `overrides` matches no such layer.
+    In `overrides` a name goes before patterns, a later pattern before an earlier one. Raises `ValueError` when nothing
+    matches, when a list has another length than there are layers, or when a name or pattern in `exclude` or `overrides`
+    matches no such layer.
     """
-    layers, exclude, overrides = [name for name, m in model.named_modules() if isinstance(m, include)], _patterns(exclude), overrides or {}
-    out = {name: f"excluded by {_match(name, exclude)!r}" for name in layers if _match(name, exclude) is not None}
-    names = [name for name in layers if name not in out]
-    for pattern in (*exclude, *overrides):
-        if not any(_match(name, [pattern]) is not None for name in (names if pattern in overrides else layers)):
-            raise ValueError(f"no layer is called {pattern!r}; the layers are {', '.join(layers) or 'none'}")
-    for pattern, plan in overrides.items():
-        if not isinstance(plan, LayerPlan):
-            raise ValueError(f"overrides[{pattern!r}]={plan!r} must be a LayerPlan")
+    overrides = overrides or {}
+    layers = [name for name, m in model.named_modules() if isinstance(m, include)]
+    excluded = _excluded(layers, _patterns(exclude))
+    names = [name for name in layers if name not in excluded]
+    _check_patterns(_patterns(exclude), overrides, layers, names)
     if not names:
         raise ValueError(f"include={include} matches no layer of {type(model).__name__}")
-    ks, rates, sparsities = (_for_each(names, value, what) for value, what in ((k, "k"), (rate, "rate"), (sparsity, "sparsity")))
-    if first is not None:
-        ks[0], rates[0] = (None, first) if isinstance(first, float) else (first, None)
-    given = {name: overrides.get(_match(name, [*reversed(overrides)])) for name in names}
-    plans = {name: given[name] or LayerPlan(ks[i], rates[i], sparsities[i], layout, sparse_at) for i, name in enumerate(names)}
-    return Plan(plans, _dense_layers(model, plans, out))
+    own = {name: overrides.get(_match(name, [*reversed(overrides)])) for name in names}
+    numbers = _numbers(names, k, rate, first, sparsity)
+    plans = {name: own[name] or LayerPlan(*numbers[name], layout, sparse_at) for name in names}
+    return Plan(plans, _dense_layers(model, plans, excluded))
 
 # %% ../nbs/02_sharing.ipynb #plan-parts
 def _patterns(given):
     return (given,) if isinstance(given, str) else tuple(given)
 
-
+# %% ../nbs/02_sharing.ipynb #match
 def _match(name, patterns):  # the name itself where it is among the patterns, else the first that matches, or None
     return name if name in patterns else next((p for p in patterns if fnmatchcase(name, p)), None)
 
+# %% ../nbs/02_sharing.ipynb #excluded
+def _excluded(layers, patterns):  # {name of each layer that matches: why it stays dense}
+    matches = {name: _match(name, patterns) for name in layers}
+    return {name: f"excluded by {pattern!r}" for name, pattern in matches.items() if pattern is not None}
 
+# %% ../nbs/02_sharing.ipynb #check-patterns
+def _check_patterns(exclude, overrides, layers, names):  # `names` are the `layers` that are not excluded
+    for pattern in (*exclude, *overrides):
+        candidates = names if pattern in overrides else layers
+        if all(_match(name, [pattern]) is None for name in candidates):
+            raise ValueError(f"no layer is called {pattern!r}; the layers are {', '.join(layers) or 'none'}")
+    for pattern, plan in overrides.items():
+        if not isinstance(plan, LayerPlan):
+            raise ValueError(f"overrides[{pattern!r}]={plan!r} must be a LayerPlan")
+
+# %% ../nbs/02_sharing.ipynb #for-each
 def _for_each(names, value, what):
     if not isinstance(value, (list, tuple)):
         return [value] * len(names)
@@ -131,34 +150,49 @@ def _for_each(names, value, what):
         raise ValueError(f"{what} has {len(value)} entries for {len(names)} layers")
     return list(value)
 
+# %% ../nbs/02_sharing.ipynb #numbers
+def _numbers(names, k, rate, first, sparsity):  # {layer name: (k, rate, sparsity)}
+    ks = _for_each(names, k, "k")
+    rates = _for_each(names, rate, "rate")
+    sparsities = _for_each(names, sparsity, "sparsity")
+    if first is not None:
+        ks[0] = None if isinstance(first, float) else first
+        rates[0] = first if isinstance(first, float) else None
+    return dict(zip(names, zip(ks, rates, sparsities)))
 
+# %% ../nbs/02_sharing.ipynb #dense-layers
 def _dense_layers(model, plan, reasons):  # {name of each layer with a weight that is neither shared nor planned: why}
-    why = lambda m: f"{type(m).__name__.removeprefix('Parametrized')} is not included"
-    return {name: reasons.get(name, why(m)) for name, m in model.named_modules() if name not in plan and _has_dense_weight(m)}
+    dense = {name: m for name, m in model.named_modules() if name not in plan and _has_dense_weight(m)}
+    return {name: reasons.get(name, _not_included(m)) for name, m in dense.items()}
 
+# %% ../nbs/02_sharing.ipynb #not-included
+def _not_included(module):
+    return f"{type(module).__name__.removeprefix('Parametrized')} is not included"
 
-def _has_dense_weight(module):  # a matrix or more, under whatever name; biases and normalisations are vectors
+# %% ../nbs/02_sharing.ipynb #has-dense-weight
+def _has_dense_weight(module):  # a matrix or more, under whatever name
     if parametrize.is_parametrized(module, "weight"):
         return not isinstance(module.parametrizations.weight[0], SharedWeight)
     return any("weight" in name and (is_lazy(p) or p.dim() > 1) for name, p in module.named_parameters(recurse=False))
 
 # %% ../nbs/02_sharing.ipynb #codes
 class Codes(nn.Module):
-    """Codes (n,) and the counts (k,) of their clusters: in the state dict and moved with the network, but averaged or cast by nobody."""
+    """Codes (n,) and the counts (k,) of their clusters: in the state dict, moved with the network, no buffers."""
 
     def __init__(self, codes, k):
         super().__init__()
-        self.codes, self.counts = codes.to(torch.int32), torch.bincount(codes, minlength=k)  # no buffers
+        self.codes = codes.to(torch.int32)
+        self.counts = torch.bincount(codes, minlength=k)
 
     def _apply(self, fn, *args, **kwargs):
-        for name in ("codes", "counts"):
-            old, new = getattr(self, name), fn(getattr(self, name))
-            setattr(self, name, new if new.dtype == old.dtype else old.to(new.device))
+        self.codes = _moved(self.codes, fn)
+        self.counts = _moved(self.counts, fn)
         return super()._apply(fn, *args, **kwargs)
 
     def _save_to_state_dict(self, state, prefix, keep_vars):
         super()._save_to_state_dict(state, prefix, keep_vars)
-        state.update({prefix + name: getattr(self, name).clone() for name in ("codes", "counts")})  # copies: some average a state dict in place
+        state[prefix + "codes"] = self.codes.clone()  # copies: some average a state dict in place
+        state[prefix + "counts"] = self.counts.clone()
 
     def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors):
         given = {name: state.get(prefix + name) for name in ("codes", "counts")}
@@ -169,40 +203,53 @@ class Codes(nn.Module):
         if not absent and (problem := _wrong_with(self, **given)):
             errors.append(f"{prefix}codes {problem}")
         elif not absent:
-            self.codes, self.counts = given["codes"].round().to(self.codes, copy=True), given["counts"].round().to(self.counts, copy=True)
+            self.codes = given["codes"].round().to(self.codes, copy=True)
+            self.counts = given["counts"].round().to(self.counts, copy=True)
+
+# %% ../nbs/02_sharing.ipynb #moved
+def _moved(old, fn):  # where fn would cast, only its device counts
+    new = fn(old)
+    return new if new.dtype == old.dtype else old.to(new.device)
 
 # %% ../nbs/02_sharing.ipynb #codes-check
 def _wrong_with(own, codes, counts):  # why these cannot take the place of a layer's own Codes, or None
     if (codes.shape, counts.shape) != (own.codes.shape, own.counts.shape):
-        return f"have {tuple(codes.shape)} rows and {tuple(counts.shape)} clusters, here there are {tuple(own.codes.shape)} and {tuple(own.counts.shape)}"
-    whole, k = codes.double().round(), len(counts)
+        return (f"have {tuple(codes.shape)} rows and {tuple(counts.shape)} clusters, "
+                f"here there are {tuple(own.codes.shape)} and {tuple(own.counts.shape)}")
+    k = len(counts)
+    whole = codes.double().round()
     if not bool(((codes.double() - whole).abs() < 0.25).all() and (whole >= 0).all() and (whole < k).all()):
         return f"are not whole numbers from 0 to {k - 1}: something averaged or rounded them"
+    counted = torch.bincount(whole.long(), minlength=k).double()
     rounding = torch.finfo(counts.dtype).eps if counts.is_floating_point() else 0
-    if not torch.allclose(counts.double(), torch.bincount(whole.long(), minlength=k).double(), rtol=2 * rounding, atol=0):
+    if not torch.allclose(counts.double(), counted, rtol=2 * rounding, atol=0):
         return "do not have the counts beside them: something averaged or rounded them"
 
 # %% ../nbs/02_sharing.ipynb #shared-weight
 class SharedWeight(Codes):
-    """The parametrization weight = codebook[codes]: the codebook (k, d) is the trainable parameter, the codes are state.
+    """The parametrization weight = codebook[codes]: the codebook (k, d) is the trainable parameter, codes are state.
 
-    The gradient that reaches the codebook is the mean over each cluster's rows, the projection of the dense gradient onto shared
-    weights. With `pinned` the first centre is zero and stays zero. Assigning to the layer's `weight` sets the codebook to the
-    means of the assigned rows under the present codes.
+    The gradient that reaches the codebook is the mean over each cluster's rows, the projection of the dense gradient
+    onto shared weights. With `pinned` the first centre is zero and stays zero. Assigning to the layer's `weight` sets
+    the codebook to the means of the assigned rows under the present codes.
     """
 
     def __init__(self, codes, k, shape, layout="row", pinned=False):
         super().__init__(codes, k)
-        self.shape, self.layout, self.pinned = tuple(shape), layout, pinned
+        self.shape = tuple(shape)
+        self.layout = layout
+        self.pinned = pinned
 
     def forward(self, codebook):  # (k, d) -> weight
-        centres = self.with_mean_gradients(codebook.to(torch.promote_types(codebook.dtype, torch.float32)))  # 16 bits cannot sum a cluster's gradients
+        # 16 bits cannot sum a cluster's gradients
+        exact = codebook.to(torch.promote_types(codebook.dtype, torch.float32))
+        centres = self.with_mean_gradients(exact)  # (k, d)
         if self.pinned:
             centres = F.pad(centres[1:], (0, 0, 1, 0))
         rows = F.embedding(self.codes.to(centres.device), centres)  # (n, d)
         return from_rows(rows.to(codebook.dtype), self.shape, self.layout)
 
-    def with_mean_gradients(self, codebook):  # (k, d) -> the same values, whose gradients reach the codebook divided by the counts
+    def with_mean_gradients(self, codebook):  # (k, d) -> the same values; their gradients arrive divided by the counts
         fixed = codebook.detach()
         return fixed + (codebook - fixed) / self.counts.to(codebook.device).clamp(min=1).unsqueeze(1)
 
@@ -211,30 +258,190 @@ class SharedWeight(Codes):
 
 # %% ../nbs/02_sharing.ipynb #centroids
 def centroids(
-    rows, # (n, d)
-    codes, # (n,) integers below k
-    k, # number of clusters
-    pinned=False, # is the first centre fixed at zero?
+    rows: torch.Tensor, # (n, d)
+    codes: torch.Tensor, # (n,) integers below k
+    k: int, # number of clusters
+    pinned: bool = False, # is the first centre fixed at zero?
 ) -> torch.Tensor: # (k, d); the centre of an empty cluster is zero
     """The mean row of each cluster, summed in float64 on the device of `rows`, in their dtype."""
     codes = codes.long()
-    total = torch.zeros(k, rows.shape[1], dtype=torch.float64, device=rows.device).index_add_(0, codes, rows.double())  # (k, d)
+    total = torch.zeros(k, rows.shape[1], dtype=torch.float64, device=rows.device)
+    total.index_add_(0, codes, rows.double())  # (k, d)
     mean = total / torch.bincount(codes, minlength=k).clamp(min=1).unsqueeze(1)  # (k, d)
     if pinned:
         mean[0] = 0
     return mean.to(rows.dtype)
 
-# %% ../nbs/02_sharing.ipynb #report
-def as_text(
-    frame, # a pandas frame
-    digits="{:.4g}", # how a float is written
-) -> str:
-    """A table to print; on a terminal its columns are broken at the terminal's width."""
-    terminal = sys.stdout.isatty() and sys.__stdout__.isatty()  # and no notebook, nor a pipe behind a redirection
-    width = shutil.get_terminal_size().columns if terminal else None
-    return frame.to_string(float_format=digits.format, na_rep="–", line_width=width).replace("<NA>", "   –")
+# %% ../nbs/02_sharing.ipynb #cluster
+def cluster(
+    weight: torch.Tensor, # weight of one layer
+    plan: LayerPlan, # its plan
+    *,
+    codes: torch.Tensor | None = None, # (n,) codes to start from; None: k-means++
+    seed: int = 0, # seed of the k-means
+    backend: str = "auto", # back end of the k-means
+    max_iter: int = 100, # at most so many iterations of Lloyd
+) -> Clustering:
+    """The k-means of one layer's rows under its plan (paper, section 2.3), warm-started where codes are given."""
+    rows = _rows_to_cluster(weight, plan)
+    if plan.sparsity and not plan.pinned:
+        return _around_mean(rows, plan, codes, seed, backend, max_iter)
+    return _from(rows, plan, codes, seed, backend, max_iter)
 
+# %% ../nbs/02_sharing.ipynb #rows-to-cluster
+def _rows_to_cluster(weight, plan):  # (n, d), at least float32
+    rows = to_rows(weight.detach(), plan.layout)
+    return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
+# %% ../nbs/02_sharing.ipynb #from
+def _from(rows, plan, codes, seed, backend, max_iter):
+    k = min(plan.clusters(len(rows)), len(rows))
+    start = "k-means++"
+    if codes is not None:
+        k = int(codes.max()) + 1
+        start = centroids(rows, codes, k, plan.sparsity > 0)  # (k, d)
+    return kmeans(rows, k, init=start, pinned_zero=plan.sparsity, seed=seed, backend=backend, max_iter=max_iter)
+
+# %% ../nbs/02_sharing.ipynb #around-mean
+def _around_mean(rows, plan, *how):
+    mean = rows.double().mean(0)  # (d,)
+    found = _from((rows - mean).to(rows), plan, *how)
+    codebook = found.codebook.double() + mean  # (k, d)
+    gathered = found.codes == 0
+    codebook[0] = rows[gathered].double().mean(0)
+    # by which the mean of the gathered rows fits them better than the mean of all
+    gain = int(gathered.sum()) * float((codebook[0] - mean).square().sum())
+    return found._replace(codebook=codebook.to(rows), inertia=found.inertia - gain)
+
+# %% ../nbs/02_sharing.ipynb #planned-layers
+def planned_layers(
+    model: nn.Module, # the network
+    plan: dict[str, LayerPlan], # what each layer gets
+) -> dict: # {layer name: module}
+    """The planned modules, checked: each weight is dense, real, finite, no product of other tensors, and in use once.
+
+    Raises `ValueError` that names the layer.
+    """
+    modules = dict(model.named_modules())
+    owners = _owners(model)
+    for name in plan:
+        if name not in modules or not isinstance(getattr(modules[name], "weight", None), torch.Tensor):
+            raise ValueError(f"plan names {name!r}, which is no layer with a weight")
+        if problem := _made_elsewhere(modules[name]) or _not_numbers(modules[name].weight):
+            raise ValueError(f"layer {name!r} {problem}")
+        own = f"{name}.weight".lstrip(".")
+        if others := [owner for owner in owners[_place(modules[name].weight)] if owner != own]:
+            raise ValueError(f"the weight of layer {name!r} is {others[0]!r} too, and sharing would part them: "
+                             "leave it out of the plan, or give it a weight of its own")
+    return {name: modules[name] for name in plan}
+
+# %% ../nbs/02_sharing.ipynb #obstacles
+def _made_elsewhere(module):  # what computes the weight of a layer before each call, or None
+    if parametrize.is_parametrized(module, "weight"):
+        maker = module.parametrizations.weight[0]
+        if isinstance(maker, SharedWeight):
+            return "is shared already; call unshare(model) first"
+        return (f"has a weight that {type(maker).__name__.lstrip('_')} computes; "
+                "call parametrize.remove_parametrizations(layer, 'weight') first")
+    names = [*module._parameters, *module._buffers]
+    if "weight" not in names:
+        parts = ", ".join(name for name in names if name.startswith("weight")) or "other tensors"
+        return (f"has a weight that is computed from {parts} before each call; "
+                "call prune.remove, remove_weight_norm or remove_spectral_norm first")
+
+# %% ../nbs/02_sharing.ipynb #not-numbers
+def _not_numbers(weight):  # why a tensor cannot be clustered, or None
+    if is_lazy(weight) or weight.is_meta:
+        return "has a weight without values yet"
+    if weight.layout != torch.strided or not weight.is_floating_point():
+        return f"has a weight of {weight.dtype}, {weight.layout}; it must be dense real floating-point numbers"
+    if not torch.isfinite(weight).all():
+        return "has a weight that holds NaN or infinite values"
+
+# %% ../nbs/02_sharing.ipynb #place
+def _place(tensor):  # where it begins in memory; what has no memory of its own is itself
+    return tensor.data_ptr() or id(tensor)
+
+# %% ../nbs/02_sharing.ipynb #owners
+def _owners(model):  # {place: names of the parameters that begin there}; a module under two names counts once
+    owners = defaultdict(list)
+    for prefix, module in model.named_modules():
+        for name, p in module.named_parameters(recurse=False, remove_duplicate=False):
+            if not is_lazy(p) and p.layout == torch.strided:
+                owners[_place(p)].append(f"{prefix}.{name}".lstrip("."))
+    return owners
+
+# %% ../nbs/02_sharing.ipynb #side
+def cluster_layers(
+    layers: dict[str, nn.Module], # {layer name: module}
+    plan: dict[str, LayerPlan], # what each layer gets
+    *,
+    codes: dict[str, torch.Tensor] | None = None, # {layer name: codes (n,) to start from}; others start with k-means++
+    seed: int | torch.Generator = 0, # seed of every layer's k-means; from a torch.Generator each draws its own
+    backend: str = "auto", # back end of the k-means
+    max_iter: int = 100, # at most so many iterations of Lloyd
+    progress: bool = False, # show a progress bar?
+) -> dict: # {layer name: Clustering}
+    """The k-means of each layer under its plan, on a CPU side by side."""
+    seeds = _seed_of_each(layers, seed)
+    start = codes or {}
+
+    def one(name, weight):
+        return cluster(weight, plan[name], codes=start.get(name), seed=seeds[name], backend=backend, max_iter=max_iter)
+
+    return side_by_side(one, {name: m.weight for name, m in layers.items()}, "share", progress)
+
+# %% ../nbs/02_sharing.ipynb #seed-of-each
+def _seed_of_each(layers, seed):  # {layer name: seed}, drawn before the threads begin
+    if not isinstance(seed, torch.Generator):
+        return dict.fromkeys(layers, seed)
+    return {name: int(torch.randint(2**31, (), generator=seed)) for name in layers}
+
+# %% ../nbs/02_sharing.ipynb #side-by-side
+def side_by_side(
+    call, # (layer name, weight) → a result
+    weights: dict[str, torch.Tensor], # {layer name: weight}
+    what: str = "", # text of the progress bar
+    progress: bool = False, # show it?
+) -> dict: # {layer name: result}
+    """Call for each layer, the largest first: on a CPU in as many threads as PyTorch may use, which share these."""
+    threads = torch.get_num_threads()
+    on_cpu = all(w.device.type == "cpu" for w in weights.values())
+    side = max(1, min(threads, len(weights))) if on_cpu else 1
+    try:
+        with ThreadPoolExecutor(side, initializer=torch.set_num_threads, initargs=(threads // side,)) as pool:
+            return _results(pool, call, weights, tqdm(total=len(weights), desc=what, disable=not progress))
+    finally:
+        torch.set_num_threads(threads)  # what a worker sets counts for threads that come later
+
+# %% ../nbs/02_sharing.ipynb #results
+def _results(pool, call, weights, bar):  # {layer name: result}, in the order of the weights
+    largest_first = sorted(weights, key=lambda name: -weights[name].numel())
+    jobs = {name: pool.submit(call, name, weights[name]) for name in largest_first}
+    with bar:
+        try:
+            for _ in as_completed(jobs.values()):
+                bar.update()
+        except BaseException:  # Ctrl-C: what has not begun is not begun any more
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return {name: jobs[name].result() for name in weights}
+
+# %% ../nbs/02_sharing.ipynb #describe
+def _describe(name, weight, plan, clustering):
+    rows = to_rows(weight.detach(), plan.layout)
+    return dict(layer=name, shape="×".join(map(str, weight.shape)), layout=plan.layout, n=len(rows), d=rows.shape[1],
+                k_wanted=plan.clusters(len(rows)), k=len(clustering.codebook), sparsity=plan.sparsity,
+                distortion=clustering.inertia / max(float(rows.double().square().sum()), 1e-300),
+                weight_saving=1 - len(clustering.codebook) / len(rows))
+
+# %% ../nbs/02_sharing.ipynb #make-report
+def _report(model, layers, plan, found):
+    rows = [_describe(name, module.weight, plan[name], found[name]) for name, module in layers.items()]
+    left_out = dict.fromkeys(dict(model.named_modules()), "not in the plan") | getattr(plan, "skipped", {})
+    return SharingReport(rows, _dense_layers(model, plan, left_out))
+
+# %% ../nbs/02_sharing.ipynb #sharingreport
 COLUMNS = ["layer", "shape", "layout", "n", "d", "k_wanted", "k", "sparsity", "distortion", "weight_saving"]
 
 
@@ -246,10 +453,9 @@ class SharingReport:
 
     @property
     def layers(self):
-        """A pandas frame, one line a layer: n rows of length d, the k that was wanted and reached, sparsity p, the
-        relative distortion ‖W − Ŵ‖²/‖W‖² and 1 − k/n, the weight representational cost saved without indexes (paper, eq. 6 and footnote 3)."""
+        """A pandas frame, one line a layer: n rows of length d, the k wanted and reached, sparsity p, the distortion
+        ‖W − Ŵ‖²/‖W‖² and 1 − k/n, the weight representational cost saved without indexes (paper, eq. 6, footnote 3)."""
         import pandas as pd
-
         return pd.DataFrame(self.rows, columns=COLUMNS).set_index("layer")
 
     @property
@@ -261,130 +467,41 @@ class SharingReport:
         skipped = "".join(f"\nnot shared: {name} ({reason})" for name, reason in self.skipped.items())
         return (as_text(self.layers) if self.rows else "no layer was shared") + skipped
 
-# %% ../nbs/02_sharing.ipynb #cluster
-def cluster(
-    weight, # weight of one layer
-    plan, # its LayerPlan
+# %% ../nbs/02_sharing.ipynb #report
+def as_text(
+    frame, # a pandas frame
+    digits: str = "{:.4g}", # how a float is written
+) -> str:
+    """A table to print; on a terminal its columns are broken at the terminal's width."""
+    terminal = sys.stdout.isatty() and sys.__stdout__.isatty()  # and no notebook, nor a pipe behind a redirection
+    width = shutil.get_terminal_size().columns if terminal else None
+    return frame.to_string(float_format=digits.format, na_rep="–", line_width=width).replace("<NA>", "   –")
+
+# %% ../nbs/02_sharing.ipynb #share
+def share(
+    model: nn.Module, # the network; changed in place
+    plan: dict[str, LayerPlan], # what each layer gets, from `make_plan`
     *,
-    codes=None, # (n,) codes to start from; None: k-means++
-    seed=0, # seed of the k-means
-    backend="auto", # back end of the k-means
-    max_iter=100, # at most so many iterations of Lloyd
-) -> Clustering:
-    """The k-means of one layer's rows under its plan (paper, section 2.3), warm-started where codes are given."""
-    rows = to_rows(weight.detach(), plan.layout)  # (n, d)
-    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    if plan.sparsity and not plan.pinned:
-        return _around_mean(rows, plan, codes, seed, backend, max_iter)
-    return _from(rows, plan, codes, seed, backend, max_iter)
+    codes: dict[str, torch.Tensor] | None = None, # {layer name: codes (n,)} that are kept; elsewhere k-means
+    seed: int | torch.Generator = 0, # seed of every layer's k-means; from a torch.Generator each draws its own
+    backend: str = "auto", # back end of the k-means
+    progress: bool = False, # show a progress bar?
+) -> SharingReport:
+    """Share the weights of the planned layers in place and report what each got (paper, section 2.3).
 
-
-def _from(rows, plan, codes, seed, backend, max_iter):
-    k = min(plan.clusters(len(rows)), len(rows))
-    start = "k-means++" if codes is None else centroids(rows, codes, int(codes.max()) + 1, plan.sparsity > 0)
-    return kmeans(rows, k if codes is None else len(start), init=start, pinned_zero=plan.sparsity, seed=seed,
-                  backend=backend, max_iter=max_iter)
-
-
-def _around_mean(rows, plan, *how):  # k-means does not mind a shift of all rows: the rows of smallest norm are then those nearest to the mean
-    mean = rows.double().mean(0)  # (d,)
-    found = _from((rows - mean).to(rows), plan, *how)
-    codebook = found.codebook.double() + mean  # (k, d)
-    gathered = found.codes == 0
-    codebook[0] = rows[gathered].double().mean(0)
-    gain = int(gathered.sum()) * float((codebook[0] - mean).square().sum())  # by which the mean of the gathered rows fits them better
-    return found._replace(codebook=codebook.to(rows), inertia=found.inertia - gain)
-
-# %% ../nbs/02_sharing.ipynb #planned-layers
-def planned_layers(
-    model, # the network
-    plan, # {layer name: LayerPlan}
-) -> dict: # {layer name: module}
-    """The planned modules, checked: the weight of each is dense, real, finite, no product of other tensors, and in use nowhere else.
-
-    Raises `ValueError` that names the layer.
+    Each planned layer's `weight` becomes a `SharedWeight`. A k above the number of distinct rows shrinks to it
+    (`report.capped`). Where `codes` are given, such as `Regularizer.codes()`, nothing is clustered: each centre is the
+    mean of its rows, zero for code 0 of a layer with rows pinned to zero, and codes that no row has are left out.
+    Make optimizers afterwards: a codebook has another shape than its weight. Raises `ValueError` for unknown or shared
+    layers, and weights that are tied, computed from others, complex or not finite; the network is then unchanged.
     """
-    modules, owners = dict(model.named_modules()), _owners(model)
-    for name in plan:
-        if name not in modules or not isinstance(getattr(modules[name], "weight", None), torch.Tensor):
-            raise ValueError(f"plan names {name!r}, which is no layer with a weight")
-        if problem := _made_elsewhere(modules[name]) or _not_numbers(modules[name].weight):
-            raise ValueError(f"layer {name!r} {problem}")
-        if others := [owner for owner in owners[_place(modules[name].weight)] if owner != f"{name}.weight".lstrip(".")]:
-            raise ValueError(f"the weight of layer {name!r} is {others[0]!r} too, and sharing would part them: leave it out of the plan, or give it a weight of its own")
-    return {name: modules[name] for name in plan}
-
-# %% ../nbs/02_sharing.ipynb #obstacles
-def _made_elsewhere(module):  # what computes the weight of a layer before each call, or None
-    if parametrize.is_parametrized(module, "weight"):
-        maker = module.parametrizations.weight[0]
-        return ("is shared already; call unshare(model) first" if isinstance(maker, SharedWeight) else
-                f"has a weight that {type(maker).__name__.lstrip('_')} computes; call parametrize.remove_parametrizations(layer, 'weight') first")
-    if not {"weight"} & {*module._parameters, *module._buffers}:
-        parts = ", ".join(name for name in (*module._parameters, *module._buffers) if name.startswith("weight")) or "other tensors"
-        return f"has a weight that is computed from {parts} before each call; call prune.remove, remove_weight_norm or remove_spectral_norm first"
-
-
-def _not_numbers(weight):  # why a tensor cannot be clustered, or None
-    if is_lazy(weight) or weight.is_meta:
-        return "has a weight without values yet"
-    if weight.layout != torch.strided or not weight.is_floating_point():
-        return f"has a weight of {weight.dtype}, {weight.layout}; it must be dense real floating-point numbers"
-    if not torch.isfinite(weight).all():
-        return "has a weight that holds NaN or infinite values"
-
-
-def _place(tensor):  # where it begins in memory; what has no memory of its own is itself
-    return tensor.data_ptr() or id(tensor)
-
-
-def _owners(model):  # {place: names of the parameters that begin there}; a module under two names counts once
-    owners = defaultdict(list)
-    for prefix, module in model.named_modules():
-        for name, p in module.named_parameters(recurse=False, remove_duplicate=False):
-            if not is_lazy(p) and p.layout == torch.strided:
-                owners[_place(p)].append(f"{prefix}.{name}".lstrip("."))
-    return owners
-
-# %% ../nbs/02_sharing.ipynb #side
-def cluster_layers(
-    layers, # {layer name: module}
-    plan, # {layer name: LayerPlan}
-    *,
-    codes=None, # {layer name: codes (n,)} to start from; others start with k-means++
-    seed=0, # seed of every layer's k-means; from a torch.Generator each draws its own
-    backend="auto", # back end of the k-means
-    max_iter=100, # at most so many iterations of Lloyd
-    progress=False, # show a progress bar?
-) -> dict: # {layer name: Clustering}
-    """The k-means of each layer under its plan, on a CPU side by side."""
-    draw = (lambda: int(torch.randint(2**31, (), generator=seed))) if isinstance(seed, torch.Generator) else lambda: seed
-    seeds = {name: draw() for name in layers}
-    one = lambda name, weight: cluster(weight, plan[name], codes=(codes or {}).get(name), seed=seeds[name], backend=backend, max_iter=max_iter)
-    return side_by_side(one, {name: m.weight for name, m in layers.items()}, "share", progress)
-
-
-def side_by_side(
-    call, # (layer name, weight) → a result
-    weights, # {layer name: weight}
-    what="", # text of the progress bar
-    progress=False, # show it?
-) -> dict: # {layer name: result}
-    """Call for each layer, the largest first: on a CPU in as many threads as PyTorch may use, which share these among them."""
-    threads, on_cpu = torch.get_num_threads(), all(w.device.type == "cpu" for w in weights.values())
-    side = max(1, min(threads, len(weights))) if on_cpu else 1
-    try:
-        with ThreadPoolExecutor(side, initializer=torch.set_num_threads, initargs=(threads // side,)) as pool, tqdm(total=len(weights), desc=what, disable=not progress) as bar:
-            jobs = {name: pool.submit(call, name, weights[name]) for name in sorted(weights, key=lambda name: -weights[name].numel())}
-            try:
-                for _ in as_completed(jobs.values()):
-                    bar.update()
-            except BaseException:  # Ctrl-C: what has not begun is not begun any more
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-        return {name: jobs[name].result() for name in weights}
-    finally:
-        torch.set_num_threads(threads)  # what a worker sets counts for threads that come later
+    layers = planned_layers(model, plan)
+    given = _given(layers, plan, codes or {})
+    others = {name: module for name, module in layers.items() if name not in given}
+    found = given | cluster_layers(others, plan, seed=seed, backend=backend, progress=progress)
+    report = _report(model, layers, plan, found)
+    share_layers(layers, found, plan)
+    return report
 
 # %% ../nbs/02_sharing.ipynb #given
 def _given(layers, plan, codes):  # {layer name: Clustering} of the layers whose codes are given
@@ -392,12 +509,10 @@ def _given(layers, plan, codes):  # {layer name: Clustering} of the layers whose
         raise ValueError(f"codes names {sorted(unknown)}, which the plan does not hold")
     return {name: _clustered_as(name, layers[name].weight, plan[name], own) for name, own in codes.items()}
 
-
+# %% ../nbs/02_sharing.ipynb #clustered-as
 def _clustered_as(name, weight, plan, codes):
-    rows = to_rows(weight.detach(), plan.layout)  # (n, d)
-    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    if tuple(codes.shape) != rows.shape[:1] or codes.is_floating_point() or int(codes.min()) < 0 or int(codes.max()) >= len(rows):
-        raise ValueError(f"codes of layer {name!r} are {codes.dtype} {tuple(codes.shape)}, must be {len(rows)} whole numbers from 0 to {len(rows) - 1}")
+    rows = _rows_to_cluster(weight, plan)  # (n, d)
+    _check_codes(name, codes, len(rows))
     used = codes.long().unique()  # sorted
     if plan.pinned and used[0] > 0:
         used = torch.cat([used.new_zeros(1), used])  # the pinned centre stays, whether rows have it or not
@@ -406,41 +521,22 @@ def _clustered_as(name, weight, plan, codes):
     inertia = float((rows - codebook.index_select(0, new)).double().square().sum())
     return Clustering(codebook, new, inertia, 0)
 
-# %% ../nbs/02_sharing.ipynb #share
-def share(
-    model, # the network; changed in place
-    plan, # {layer name: LayerPlan}, from `make_plan`
-    *,
-    codes=None, # {layer name: codes (n,)} that are kept, such as `Regularizer.codes()`; None and other layers: k-means
-    seed=0, # seed of every layer's k-means; from a torch.Generator each draws its own
-    backend="auto", # back end of the k-means
-    progress=False, # show a progress bar?
-) -> SharingReport:
-    """Share the weights of the planned layers in place and report what each got (paper, section 2.3).
-
-    Each planned layer's `weight` becomes a `SharedWeight`. A k above the number of distinct rows shrinks to it (`report.capped`). Where `codes` are given
-    nothing is clustered: each centre is the mean of its rows, zero for code 0 of a layer with rows pinned to zero, and codes that no row has are left out.
-    Optimizers and their momenta are to be made afterwards: a codebook has another shape than its weight. Raises `ValueError` for unknown or already
-    shared layers, for weights that are tied to others, computed from others (pruning, weight norm), complex or not finite. An error leaves the network unchanged.
-    """
-    layers = planned_layers(model, plan)
-    given = _given(layers, plan, codes or {})
-    others = {name: module for name, module in layers.items() if name not in given}
-    found = given | cluster_layers(others, plan, seed=seed, backend=backend, progress=progress)
-    rows = [_describe(name, module.weight, plan[name], found[name]) for name, module in layers.items()]
-    skipped = _dense_layers(model, plan, dict.fromkeys(dict(model.named_modules()), "not in the plan") | getattr(plan, "skipped", {}))
-    share_layers(layers, found, plan)
-    return SharingReport(rows, skipped)
+# %% ../nbs/02_sharing.ipynb #check-codes
+def _check_codes(name, codes, n):
+    whole = tuple(codes.shape) == (n,) and not codes.is_floating_point()
+    if not whole or int(codes.min()) < 0 or int(codes.max()) >= n:
+        raise ValueError(f"codes of layer {name!r} are {codes.dtype} {tuple(codes.shape)}, "
+                         f"must be {n} whole numbers from 0 to {n - 1}")
 
 # %% ../nbs/02_sharing.ipynb #share-layers
 def share_layers(
-    layers, # {layer name: module with a dense weight}; changed in place
-    clusterings, # {layer name: codebook (k, d) and codes (n,) of its rows}
-    plan, # {layer name: LayerPlan}
-    kind=SharedWeight, # the parametrization, this class or a subclass
+    layers: dict[str, nn.Module], # {layer name: module with a dense weight}; changed in place
+    clusterings: dict[str, Clustering], # {layer name: codebook (k, d) and codes (n,) of its rows}
+    plan: dict[str, LayerPlan], # what each layer gets
+    kind: type = SharedWeight, # the parametrization, this class or a subclass
 ):
     """Put codebooks and codes in the place of the layers' weights: all of them or, whatever goes wrong, none."""
-    dense = {name: (module.weight, module.weight.data, module.weight.grad, dict(module._parameters)) for name, module in layers.items()}
+    dense = {name: _state_of(module) for name, module in layers.items()}
     try:
         for name, module in layers.items():
             share_layer(module, clusterings[name], plan[name], kind)
@@ -449,12 +545,12 @@ def share_layers(
             _restore(module, *dense[name])
         raise
 
-
+# %% ../nbs/02_sharing.ipynb #share-layer
 def share_layer(
-    module, # a layer with a dense weight; changed in place
-    clustering, # codebook (k, d) and codes (n,) of its rows
-    plan, # its LayerPlan
-    kind=SharedWeight, # the parametrization, this class or a subclass
+    module: nn.Module, # a layer with a dense weight; changed in place
+    clustering: Clustering, # codebook (k, d) and codes (n,) of its rows
+    plan: LayerPlan, # its plan
+    kind: type = SharedWeight, # the parametrization, this class or a subclass
 ):
     """Put a codebook and codes in the place of one layer's weight."""
     shared = kind(clustering.codes, len(clustering.codebook), module.weight.shape, plan.layout, plan.pinned)
@@ -463,33 +559,32 @@ def share_layer(
         module.parametrizations.weight.original.copy_(clustering.codebook)
     module.parametrizations.weight.original.grad = None  # what there is has the shape of the weight
 
+# %% ../nbs/02_sharing.ipynb #state-of
+def _state_of(module):
+    return module.weight, module.weight.data, module.weight.grad, dict(module._parameters)
 
+# %% ../nbs/02_sharing.ipynb #restore
 def _restore(module, weight, data, grad, parameters):  # a dense layer as it was, even where sharing stopped half way
     if parametrize.is_parametrized(module, "weight"):
         parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
     weight.grad = None
-    weight.data, weight.grad = data, grad
-    module._parameters.clear(), module._parameters.update(parameters)  # in their order
+    weight.data = data
+    weight.grad = grad
+    module._parameters.clear()
+    module._parameters.update(parameters)  # in their order
 
-# %% ../nbs/02_sharing.ipynb #describe
-def _describe(name, weight, plan, clustering):
-    rows = to_rows(weight.detach(), plan.layout)
-    return dict(layer=name, shape="×".join(map(str, weight.shape)), layout=plan.layout, n=len(rows), d=rows.shape[1],
-                k_wanted=plan.clusters(len(rows)), k=len(clustering.codebook), sparsity=plan.sparsity,
-                distortion=clustering.inertia / max(float(rows.double().square().sum()), 1e-300),
-                weight_saving=1 - len(clustering.codebook) / len(rows))
-
-# %% ../nbs/02_sharing.ipynb #unshare
+# %% ../nbs/02_sharing.ipynb #shared-layers
 def shared_layers(
-    model, # the network
+    model: nn.Module, # the network
 ) -> dict: # {layer name: its SharedWeight}
     """The layers whose weight is shared."""
-    return {name: m.parametrizations.weight[0] for name, m in model.named_modules()
-            if parametrize.is_parametrized(m, "weight") and isinstance(m.parametrizations.weight[0], SharedWeight)}
+    parametrized = {name: m for name, m in model.named_modules() if parametrize.is_parametrized(m, "weight")}
+    makers = {name: m.parametrizations.weight[0] for name, m in parametrized.items()}
+    return {name: maker for name, maker in makers.items() if isinstance(maker, SharedWeight)}
 
-
+# %% ../nbs/02_sharing.ipynb #unshare
 def unshare(
-    model, # the network; changed in place
+    model: nn.Module, # the network; changed in place
 ):
     """Bake codebook[codes] into ordinary dense weights; the network computes what it did before."""
     modules = dict(model.named_modules())
@@ -498,7 +593,7 @@ def unshare(
         parametrize.remove_parametrizations(modules[name], "weight", leave_parametrized=True)
     return model
 
-
+# %% ../nbs/02_sharing.ipynb #own-class
 def _own_class(module):  # a deep copy has the class of its original, from which torch would take the property `weight`
     cls = type(module)
     module.__class__ = type(cls.__name__, cls.__bases__, dict(cls.__dict__))
