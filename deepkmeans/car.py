@@ -15,40 +15,52 @@ from torch import nn
 
 from .retrain import evaluate
 
-# %% ../nbs/20_car.ipynb #removal
+# %% ../nbs/20_car.ipynb #remove-filters
 def remove_filters(
-    model, # the network; changed in place
-    layer, # name of a convolution
-    consumers, # names of all modules that take its channels: convolutions, normalisation layers, linear layers behind a flattening
+    model: nn.Module, # the network; changed in place
+    layer: str, # name of a convolution
+    consumers: list, # names of all that take its channels: convolutions, normalisation, linear layers after flattening
     filters, # indexes of the filters to take out
 ):
-    """Take filters out of a convolution, and the channels they made out of what consumes them (CAR, arXiv 1705.07356). Returns the network.
+    """Take filters out of a convolution, and their channels out of what consumes them. Returns the network.
 
-    Raises `ValueError`, before anything is changed, for a layer without filters, an index out of bounds, a removal of all filters, or a consumer that does not fit.
+    Raises `ValueError`, before anything is changed, for a layer without filters, an index out of bounds, a removal of
+    all filters, or a consumer that does not fit. Source: CAR, arXiv 1705.07356.
     """
-    modules = dict(model.named_modules())
-    for name in (layer, *consumers):
-        if not hasattr(modules.get(name), "weight"):
-            raise ValueError(f"{name!r} is no layer with a weight")
-    source, n = modules[layer], _filters(modules[layer], layer)
-    if not set(filters) <= set(range(n)) or len(set(filters)) == n:
-        raise ValueError(f"filters={list(filters)} must be some, not all, of 0 … {n - 1}")
-    keep = torch.tensor([i for i in range(n) if i not in set(filters)], device=source.weight.device)
+    modules = _weighted(model, (layer, *consumers))
+    n = _filters(modules[layer], layer)
+    keep = _kept(filters, n).to(modules[layer].weight.device)
     inputs = [_inputs(modules[name], name, n) for name in consumers]
-    _select(source, keep, 0, "out_channels")
+    _select(modules[layer], keep, 0, "out_channels")
     for name, (count, dim, field) in zip(consumers, inputs):
-        block = torch.arange(count, device=keep.device).view(n, -1)[keep].flatten()  # the inputs that the kept channels own
-        _select(modules[name], block, dim, field)
+        owned = torch.arange(count, device=keep.device).view(n, -1)[keep]  # the inputs that the kept channels own
+        _select(modules[name], owned.flatten(), dim, field)
     return model
 
+# %% ../nbs/20_car.ipynb #weighted
+def _weighted(model, names):  # {name: module} of all modules; those named have a weight
+    modules = dict(model.named_modules())
+    for name in names:
+        if not hasattr(modules.get(name), "weight"):
+            raise ValueError(f"{name!r} is no layer with a weight")
+    return modules
 
+# %% ../nbs/20_car.ipynb #kept
+def _kept(filters, n):  # indexes of the filters that stay
+    gone = set(filters)
+    if not gone <= set(range(n)) or len(gone) == n:
+        raise ValueError(f"filters={list(filters)} must be some, not all, of 0 … {n - 1}")
+    return torch.tensor([i for i in range(n) if i not in gone])
+
+# %% ../nbs/20_car.ipynb #filters
 def _filters(module, name):
     if not isinstance(module, nn.modules.conv._ConvNd) or module.transposed or module.groups != 1:
-        raise ValueError(f"{name!r} must be a convolution that is neither grouped nor transposed, to have filters to take out")
+        must = "must be a convolution that is neither grouped nor transposed, to have filters to take out"
+        raise ValueError(f"{name!r} {must}")
     return module.out_channels
 
-
-def _inputs(module, name, n):  # number of inputs, the dimension of the weight that they lie along, the field that counts them
+# %% ../nbs/20_car.ipynb #inputs
+def _inputs(module, name, n):  # → number of inputs, their axis in the weight, the field that counts them
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         found = module.num_features, 0, "num_features"
     elif isinstance(module, nn.modules.conv._ConvNd) and module.groups == 1 and not module.transposed:
@@ -56,78 +68,95 @@ def _inputs(module, name, n):  # number of inputs, the dimension of the weight t
     elif isinstance(module, nn.Linear):
         found = module.in_features, 1, "in_features"
     else:
-        raise ValueError(f"consumer {name!r} must be an ungrouped convolution, a linear layer or a batch normalisation, not {type(module).__name__}")
+        must = "must be an ungrouped convolution, a linear layer or a batch normalisation"
+        raise ValueError(f"consumer {name!r} {must}, not {type(module).__name__}")
     if found[0] % n or (found[0] != n and not isinstance(module, nn.Linear)):
         raise ValueError(f"consumer {name!r} has {found[0]} inputs, which do not fit {n} filters")
     return found
 
-
+# %% ../nbs/20_car.ipynb #select
 def _select(module, index, dim, field):
     names = ("weight",) if dim else ("weight", "bias", "running_mean", "running_var")
     for name in names:
         value = getattr(module, name, None)
-        if value is not None:
-            part = value.detach().index_select(dim, index)
-            setattr(module, name, nn.Parameter(part, value.requires_grad) if isinstance(value, nn.Parameter) else part)
+        if value is None:
+            continue
+        part = value.detach().index_select(dim, index)
+        if isinstance(value, nn.Parameter):
+            part = nn.Parameter(part, value.requires_grad)
+        setattr(module, name, part)
     setattr(module, field, len(index))
 
-# %% ../nbs/20_car.ipynb #index
+# %% ../nbs/20_car.ipynb #reduction
 class Reduction(NamedTuple):
-    """What the removal of one filter takes from the accuracy (percentage points) and adds to the cross-entropy (nats). Smaller is better, accuracy first."""
+    """What the removal of one filter takes from the accuracy (percentage points) and adds to the loss (nats).
+
+    Smaller is better, accuracy first.
+    """
     top1: float
     loss: float
 
-
+# %% ../nbs/20_car.ipynb #reductions
 def reductions(
-    model, # a classifier
-    layer, # name of a convolution
+    model: nn.Module, # a classifier
+    layer: str, # name of a convolution
     consumers, # names of the modules that take its channels, as for `remove_filters`
     loader, # iterable of (images, labels): what the index is computed on
     *,
-    amp=False, # compute in bfloat16 where that is safe?
+    amp: bool = False, # compute in bfloat16 where that is safe?
 ) -> list: # a Reduction for each filter
     """CAR of each filter of a layer: Acc − Acc without it, and the same for the loss (arXiv 1705.07356)."""
-    whole = evaluate(model, loader, amp=amp)
-    without = (evaluate(remove_filters(copy.deepcopy(model), layer, consumers, [i]), loader, amp=amp)
-               for i in range(_filters(model.get_submodule(layer), layer)))
-    return [Reduction(whole.top1 - part.top1, part.loss - whole.loss) for part in without]
+    whole, found = evaluate(model, loader, amp=amp), []
+    for i in range(_filters(model.get_submodule(layer), layer)):
+        part = evaluate(remove_filters(copy.deepcopy(model), layer, consumers, [i]), loader, amp=amp)
+        found.append(Reduction(whole.top1 - part.top1, part.loss - whole.loss))
+    return found
 
-# %% ../nbs/20_car.ipynb #path
+# %% ../nbs/20_car.ipynb #removal
 class Removal(NamedTuple):
-    """One step of the path: filters that are left, the one that went (its index among those that were there), and what its removal cost on the images of the index."""
+    """One step of the path: how many filters are left, the index of the one that went, and what its removal cost.
+
+    The index is that among the filters that were there; the cost is measured on the images of the index.
+    """
     left: int
     removed: int
     reduction: Reduction
 
-
+# %% ../nbs/20_car.ipynb #greedy
 def greedy(
-    model, # a classifier; changed in place, step by step
-    layer, # name of a convolution
+    model: nn.Module, # a classifier; changed in place, step by step
+    layer: str, # name of a convolution
     consumers, # names of the modules that take its channels, as for `remove_filters`
     loader, # what the index is computed on
     *,
-    amp=False, # compute in bfloat16 where that is safe?
+    amp: bool = False, # compute in bfloat16 where that is safe?
 ): # yields a Removal after each removed filter, down to one filter
-    """Remove the filter of smallest CAR again and again; what the caller does with the network in between, such as training it, counts for the next step."""
+    """Remove the filter of smallest CAR again and again.
+
+    What the caller does with the network in between, such as training it, counts for the next step.
+    """
     for left in reversed(range(1, _filters(model.get_submodule(layer), layer))):
         found = reductions(model, layer, consumers, loader, amp=amp)
         worst = min(range(len(found)), key=found.__getitem__)
         remove_filters(model, layer, consumers, [worst])
         yield Removal(left, worst, found[worst])
 
-
+# %% ../nbs/20_car.ipynb #portion
 class Portion:
     """The first batches of an epoch of a loader: a short training between two removals, on other images each time."""
 
     def __init__(
         self,
         loader, # a `Loader` that shuffles
-        share, # of an epoch, above 0 and at most 1
-        first=0, # the epoch to begin with
+        share: float, # of an epoch, above 0 and at most 1
+        first: int = 0, # the epoch to begin with
     ):
         if not 0 < share <= 1:
             raise ValueError(f"share={share} must be above 0 and at most 1")
-        self.loader, self.first, self.epoch, self.batches = loader, first, 0, max(1, round(share * len(loader)))
+        self.loader = loader
+        self.first = first
+        self.epoch = 0
+        self.batches = max(1, round(share * len(loader)))
 
     def __len__(self):
         return self.batches
