@@ -20,17 +20,18 @@ PIECE = 4096  # weights whose scores stay in the cache of a CPU
 
 
 class Mixture(nn.Module):
-    """A mixture of Gaussians over single weights: component 0 has mean 0 and a fixed proportion, the others learn theirs (Ullrich et al. 2017).
+    """A mixture of Gaussians over single weights (Ullrich et al. 2017).
 
-    Raises `ValueError` for fewer than one free component or a proportion outside (0, 1).
+    Component 0 has mean 0 and a fixed proportion, the others learn theirs. Raises `ValueError` for fewer than one free
+    component or a proportion outside (0, 1).
     """
 
     def __init__(
         self,
-        components=16, # components with a free mean
-        pi_zero=0.99, # proportion of component 0
-        span=0.6, # the free means begin evenly spaced from −span to span
-        sigma=0.25, # standard deviation that all begin with
+        components: int = 16, # components with a free mean
+        pi_zero: float = 0.99, # proportion of component 0
+        span: float = 0.6, # the free means begin evenly spaced from −span to span
+        sigma: float = 0.25, # standard deviation that all begin with
         gamma_zero=(5e3, 2.0), # α and β of the Gamma hyper-prior on the precision of component 0
         gamma=(250.0, 0.1), # and of the others
     ):
@@ -52,11 +53,12 @@ class Mixture(nn.Module):
 
     def log_pi(self) -> torch.Tensor:  # (J + 1,)
         """Logarithms of the mixing proportions; the free ones share 1 − π₀."""
-        return torch.cat([self.log_mixing.new_tensor([log(self.pi_zero)]), F.log_softmax(self.log_mixing, 0) + log(1 - self.pi_zero)])
+        free = F.log_softmax(self.log_mixing, 0) + log(1 - self.pi_zero)
+        return torch.cat([free.new_tensor([log(self.pi_zero)]), free])
 
     def scores(
         self,
-        w, # (n,)
+        w: torch.Tensor, # (n,)
     ) -> torch.Tensor: # (n, J + 1)
         """log π_j + log N(w_i | μ_j, σ_j²)."""
         constant = self.log_pi() + (self.log_precision - log(2 * pi)) / 2  # (J + 1,)
@@ -64,39 +66,40 @@ class Mixture(nn.Module):
 
     def complexity(
         self,
-        weights, # list of tensors
+        weights: list, # list of tensors
     ) -> torch.Tensor: # scalar, nats
         """−log p(w) of all weights, and of the precisions under their hyper-prior up to a constant."""
         hyper = ((1 - self.alpha) * self.log_precision + self.beta * self.log_precision.exp()).sum()
-        return hyper - sum(self.scores(part).logsumexp(1).sum() for w in weights for part in w.flatten().split(PIECE))
+        parts = (part for w in weights for part in w.flatten().split(PIECE))
+        return hyper - sum(self.scores(part).logsumexp(1).sum() for part in parts)
 
-# %% ../nbs/21_sws.ipynb #train
+# %% ../nbs/21_sws.ipynb #prior-weights
 RATES = {"means": 1e-4, "log_precision": 3e-3, "log_mixing": 3e-3}
 
 
 def prior_weights(
-    model, # the network
+    model: nn.Module, # the network
 ) -> list: # the weights of its convolutions and linear layers
     """What the prior is on."""
     return [m.weight for m in model.modules() if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear))]
 
-
+# %% ../nbs/21_sws.ipynb #train-soft
 def train_soft(
-    model, # a trained classifier; changed in place
+    model: nn.Module, # a trained classifier; changed in place
     loader, # iterable of (images, labels) with a length
-    mixture, # a `Mixture`; changed in place
+    mixture: Mixture, # a `Mixture`; changed in place
     *,
-    epochs, # passes over the loader
-    images, # number of training images N
-    tau=0.003, # strength of the prior
-    lr=5e-4, # learning rate of the weights
-    speed=1.0, # factor on RATES, the learning rates of the mixture
-    amp=False, # compute the network in bfloat16 where that is safe?
-    progress=True, # show a progress bar?
+    epochs: int, # passes over the loader
+    images: int, # number of training images N
+    tau: float = 0.003, # strength of the prior
+    lr: float = 5e-4, # learning rate of the weights
+    speed: float = 1.0, # factor on RATES, the learning rates of the mixture
+    amp: bool = False, # compute the network in bfloat16 where that is safe?
+    progress: bool = True, # show a progress bar?
 ) -> list: # one dict an epoch: loss and complexity, means over the epoch
     """Re-train weights and mixture together under the loss E + τ/N·complexity (Ullrich et al. 2017)."""
     weights, history = prior_weights(model), []
-    optimizer = torch.optim.Adam([dict(params=list(model.parameters()), lr=lr)] + [dict(params=[getattr(mixture, name)], lr=speed * rate) for name, rate in RATES.items()])
+    optimizer = _adam(model, mixture, lr, speed)
     model.train()
     with tqdm(total=epochs * len(loader), disable=not progress) as bar:
         for epoch in range(epochs):
@@ -113,44 +116,64 @@ def train_soft(
             history.append(dict(zip(("loss", "complexity"), (sums / len(loader)).tolist()), epoch=epoch + 1))
     return history
 
-# %% ../nbs/21_sws.ipynb #merge
+# %% ../nbs/21_sws.ipynb #adam
+def _adam(model, mixture, lr, speed):  # a learning rate for the weights, and one for each part of the mixture
+    parts = [dict(params=[getattr(mixture, name)], lr=speed * rate) for name, rate in RATES.items()]
+    return torch.optim.Adam([dict(params=list(model.parameters()), lr=lr), *parts])
+
+# %% ../nbs/21_sws.ipynb #merged
 def merged(
-    mixture, # a trained `Mixture`
-    threshold=1e-10, # of the Kullback-Leibler divergence, nats; the tutorial's
+    mixture: Mixture, # a trained `Mixture`
+    threshold: float = 1e-10, # of the Kullback-Leibler divergence, nats; the tutorial's
 ) -> tuple: # log proportions, means and precisions (c,) of the components that are left, the one at zero first
-    """The components after those that are alike have become one, greedily, the most alike first (Ullrich et al. 2017)."""
-    mix, mean, var = (t.detach().double() for t in (mixture.log_pi().exp(), mixture.all_means(), (-mixture.log_precision).exp()))
+    """The components after those that are alike have become one, greedily, most alike first (Ullrich et al. 2017)."""
+    mix = mixture.log_pi().exp().detach().double()  # (c,)
+    mean = mixture.all_means().detach().double()  # (c,)
+    var = (-mixture.log_precision).exp().detach().double()  # (c,)
     while len(mix) > 1:
-        kl = (var[None] / var[:, None]).log() / 2 + (var[:, None] + (mean[:, None] - mean).square()) / (2 * var) - 0.5  # (c, c)
-        kl.fill_diagonal_(float("inf"))
-        j, k = sorted(divmod(int(kl.argmin()), len(mix)))
+        kl = _divergences(mean, var)  # (c, c)
         if kl.min() >= threshold:
             break
-        share = mix[[j, k]] / mix[[j, k]].sum()
-        mean[j], var[j], mix[j] = 0.0 if j == 0 else share @ mean[[j, k]], share @ var[[j, k]], mix[[j, k]].sum()
-        keep = torch.arange(len(mix)) != k
-        mix, mean, var = mix[keep], mean[keep], var[keep]
+        j, k = sorted(divmod(int(kl.argmin()), len(mix)))
+        mix, mean, var = _joined(mix, mean, var, j, k)
     return mix.log(), mean, 1 / var
 
+# %% ../nbs/21_sws.ipynb #divergences
+def _divergences(mean, var):  # (c, c): KL(j‖k), infinite on the diagonal
+    apart = (mean[:, None] - mean).square()
+    kl = (var / var[:, None]).log() / 2 + (var[:, None] + apart) / (2 * var) - 0.5
+    return kl.fill_diagonal_(float("inf"))
 
+# %% ../nbs/21_sws.ipynb #joined
+def _joined(mix, mean, var, j, k):  # component k becomes part of j, where j < k
+    both, keep = [j, k], torch.arange(len(mix)) != k
+    share = mix[both] / mix[both].sum()
+    if j > 0:  # component 0 keeps the mean 0
+        mean[j] = share @ mean[both]
+    var[j] = share @ var[both]
+    mix[j] = mix[both].sum()
+    return mix[keep], mean[keep], var[keep]
+
+# %% ../nbs/21_sws.ipynb #quantise
 @torch.no_grad()
 def quantise(
-    model, # the network; changed in place
-    components, # as `merged` gives them
+    model: nn.Module, # the network; changed in place
+    components: int, # as `merged` gives them
 ) -> list: # for each weight that the prior is on, its codes: 0 where the weight became zero
     """Each weight takes the mean of the component with the largest responsibility for it."""
     log_pi, mean, precision = (t.float() for t in components)
     codes = []
     for w in prior_weights(model):
-        scores = log_pi + precision.log() / 2 - precision / 2 * (w.flatten()[:, None] - mean).square()  # (n, c)
+        apart = (w.flatten()[:, None] - mean).square()  # (n, c)
+        scores = log_pi + precision.log() / 2 - precision / 2 * apart  # (n, c)
         codes.append(scores.argmax(1))
         w.copy_(mean[codes[-1]].view_as(w))
     return codes
 
-# %% ../nbs/21_sws.ipynb #size
+# %% ../nbs/21_sws.ipynb #sparse-bits
 def sparse_bits(
     codes, # (n,) codes of a layer; 0: the weight is zero
-    width=5, # b: a distance is from 1 to 2^b
+    width: int = 5, # b: a distance is from 1 to 2^b
 ) -> float: # bits of both streams
     """Bits of the codes that are not zero and of their distances, Huffman coded (Han et al. 2016, sections 2 and 4)."""
     at = codes.nonzero().flatten()
@@ -163,12 +186,20 @@ def sparse_bits(
     values = torch.cat([codes[at], codes.new_zeros(int(fillers.sum()))])
     return sum(index_bits(torch.unique(stream, return_counts=True)[1], "huffman") for stream in (distances, values))
 
-
+# %% ../nbs/21_sws.ipynb #soft-bits
 def soft_bits(
-    model, # the quantised network
+    model: nn.Module, # the quantised network
     codes, # as `quantise` gives them
 ) -> float: # bits
-    """The size of a network under soft weight-sharing: streams, one codebook, and all other parameters but normalisation at 32 bits."""
+    """The size of a network under soft weight-sharing.
+
+    It is the streams, one codebook, and all other parameters but normalisation at 32 bits.
+    """
     used = set(torch.cat(codes).unique().tolist()) - {0}
-    other = sum(p.numel() for m in model.modules() if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear)) for name, p in m.named_parameters(recurse=False) if name != "weight")
-    return sum(min(sparse_bits(c, width) for width in range(1, 13)) for c in codes) + FLOAT_BITS * (len(used) + other)
+    streams = sum(min(sparse_bits(c, width) for width in range(1, 13)) for c in codes)
+    return streams + FLOAT_BITS * (len(used) + _unshared(model))
+
+# %% ../nbs/21_sws.ipynb #unshared
+def _unshared(model):  # numbers of the layers under the prior that are no weights: biases
+    layers = [m for m in model.modules() if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear))]
+    return sum(p.numel() for m in layers for name, p in m.named_parameters(recurse=False) if name != "weight")
