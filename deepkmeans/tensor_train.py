@@ -19,8 +19,8 @@ from .sharing import CONVOLUTIONS, make_plan, planned_layers
 
 # %% ../nbs/22_tensor_train.ipynb #split
 def split(
-    n, # number of channels
-    parts=3, # number of factors
+    n: int, # number of channels
+    parts: int = 3, # number of factors
 ) -> tuple: # factors of n, as equal as its primes allow, the largest in the middle
     """Factors of n for the cores of a tensor train. Raises `ValueError` for n or parts under 1."""
     if n < 1 or parts < 1:
@@ -31,49 +31,60 @@ def split(
     found.sort()
     return (*found[0::2], *reversed(found[1::2]))
 
-
-def _primes(n):  # largest first
+# %% ../nbs/22_tensor_train.ipynb #primes
+def _primes(n):  # the prime factors, largest first
+    if n == 1:
+        return []
     p = next((p for p in range(2, int(n ** 0.5) + 1) if n % p == 0), n)
-    return sorted([p, *_primes(n // p)], reverse=True) if n > 1 else []
+    return sorted([p, *_primes(n // p)], reverse=True)
 
-# %% ../nbs/22_tensor_train.ipynb #weight
+# %% ../nbs/22_tensor_train.ipynb #ttweight
 class TTWeight(nn.Module):
     """The parametrization weight = product of TT cores, the k-th of shape (r_{k−1}, n_k, r_k) (Garipov et al. 2016).
 
-    `groups` holds for each core the sizes of the axes that it carries, `order` the permutation that brings all axes to (s…, c…, x, y).
+    `groups` holds for each core the sizes of the axes that it carries, `order` the permutation that brings all axes to
+    (s…, c…, x, y).
     """
 
     def __init__(self, shape, groups, order, ranks):
         super().__init__()
-        self.shape, self.groups, self.order, self.ranks = tuple(shape), groups, order, tuple(ranks)
+        self.shape, self.ranks = tuple(shape), tuple(ranks)
+        self.groups, self.order = groups, order
+        self.axes = [size for group in groups for size in group]
 
     def forward(self, *cores):  # -> weight
-        with torch.autocast(cores[0].device.type, enabled=False):  # a chain of products in bfloat16 would lose what one loses, d times
+        with torch.autocast(cores[0].device.type, enabled=False):  # bfloat16 would round d times in a chain
             train = reduce(lambda left, core: torch.tensordot(left, core, 1), cores)  # (1, n_0, …, n_d, 1)
-        return train.reshape([size for group in self.groups for size in group]).permute(self.order).reshape(self.shape)
+        return train.reshape(self.axes).permute(self.order).reshape(self.shape)
 
-    def right_inverse(self, weight):  # weight -> cores, by TT-SVD
-        import tensorly
-        from tensorly.decomposition import tensor_train
-
-        axes = [size for group in self.groups for size in group]
-        back = sorted(range(len(axes)), key=self.order.__getitem__)
-        tensor = weight.detach().cpu().double().reshape([axes[i] for i in self.order]).permute(back).reshape([prod(group) for group in self.groups])
-        with tensorly.backend_context("numpy", local_threadsafe=True):
-            cores = [np.asarray(core) for core in tensor_train(tensor.numpy(), rank=[1, *self.ranks, 1])]
-        return tuple(self._padded(k, torch.from_numpy(core)).to(weight) for k, core in enumerate(cores))
-
-    def _padded(self, k, core):  # a rank above what the tensor has is filled with zeros
-        full = core.new_zeros(self.sizes()[k])
-        full[:core.shape[0], :, :core.shape[2]] = core
-        return full
+    def right_inverse(self, weight):  # weight -> cores
+        tensor = weight.detach().cpu().double().reshape([self.axes[i] for i in self.order])
+        back = sorted(range(len(self.axes)), key=self.order.__getitem__)
+        grouped = tensor.permute(back).reshape([prod(group) for group in self.groups])  # (n_0, …, n_d)
+        cores = _tt_svd(grouped, self.ranks)
+        return tuple(_padded(core, size).to(weight) for core, size in zip(cores, self.sizes()))
 
     def sizes(self) -> list: # (r_{k−1}, n_k, r_k) of each core
         """The shapes of the cores."""
         ranks = (1, *self.ranks, 1)
         return [(ranks[k], prod(group), ranks[k + 1]) for k, group in enumerate(self.groups)]
 
+# %% ../nbs/22_tensor_train.ipynb #tt-svd
+def _tt_svd(tensor, ranks):  # the cores of the nearest tensor train
+    import tensorly
+    from tensorly.decomposition import tensor_train
 
+    with tensorly.backend_context("numpy", local_threadsafe=True):
+        cores = tensor_train(tensor.numpy(), rank=[1, *ranks, 1])
+        return [torch.from_numpy(np.asarray(core)) for core in cores]
+
+# %% ../nbs/22_tensor_train.ipynb #padded
+def _padded(core, size):  # a rank above what the tensor has is filled with zeros
+    full = core.new_zeros(size)
+    full[:core.shape[0], :, :core.shape[2]] = core
+    return full
+
+# %% ../nbs/22_tensor_train.ipynb #matrix-train
 def _matrix_train(shape, ranks):  # cores (x, y), (c_1, s_1), …
     S, C, *kernel = shape
     d, k = len(ranks), len(kernel)
@@ -81,60 +92,77 @@ def _matrix_train(shape, ranks):  # cores (x, y), (c_1, s_1), …
     order = [*range(k + 1, k + 2 * d, 2), *range(k, k + 2 * d, 2), *range(k)]
     return TTWeight(shape, [tuple(kernel), *pairs], order, ranks)
 
-
+# %% ../nbs/22_tensor_train.ipynb #naive-train
 def _naive_train(shape, ranks):  # cores x, y, c, s
     S, C, *kernel = shape
     if len(ranks) != len(kernel) + 1:
-        raise ValueError(f"ranks={list(ranks)} must be {len(kernel) + 1} for the {len(kernel) + 2} axes of a weight of shape {tuple(shape)}")
-    return TTWeight(shape, [(size,) for size in (*kernel, C, S)], [len(kernel) + 1, len(kernel), *range(len(kernel))], ranks)
+        axes = f"the {len(kernel) + 2} axes of a weight of shape {tuple(shape)}"
+        raise ValueError(f"ranks={list(ranks)} must be {len(kernel) + 1} for {axes}")
+    order = [len(kernel) + 1, len(kernel), *range(len(kernel))]
+    return TTWeight(shape, [(size,) for size in (*kernel, C, S)], order, ranks)
 
 # %% ../nbs/22_tensor_train.ipynb #init
 def _draw_cores(parametrization, v, like, generator):  # cores whose product has variance v
-    sizes = parametrization.sizes()
-    return [torch.randn(size, generator=generator).mul_((v ** (1 / len(sizes)) / size[2]) ** 0.5).to(like) for size in sizes]
+    sizes, drawn = parametrization.sizes(), []
+    for size in sizes:
+        deviation = (v ** (1 / len(sizes)) / size[2]) ** 0.5
+        drawn.append(torch.randn(size, generator=generator).mul_(deviation).to(like))
+    return drawn
 
 # %% ../nbs/22_tensor_train.ipynb #tensorize
 def tensorize(
-    model, # the network; changed in place
+    model: nn.Module, # the network; changed in place
     ranks, # (r_0, …) for every layer, or {layer name: (r_0, …)}
     *,
-    naive=False, # a core for each axis of the kernel? else the channels are split, into as many parts as there are ranks
-    scratch=True, # random cores, of a kernel with the mean square of the weight? else the TT-SVD of the weight
+    naive: bool = False, # a core for each axis of the kernel? else the channels are split, a part for each rank
+    scratch: bool = True, # random cores, of a kernel with the mean square of the weight? else the TT-SVD of the weight
     include=CONVOLUTIONS, # module types that are tensorized
     exclude=(), # names or glob patterns of layers to leave dense
-    seed=0, # of the random cores
+    seed: int = 0, # of the random cores
 ) -> FactorReport:
     """Write each kernel as a tensor train (Garipov et al. 2016).
 
-    With one tuple of ranks for all layers, those whose cores would not be smaller stay. Raises `ValueError` for ranks under 1, of a wrong number, or of an unknown layer; the network is then unchanged.
+    With one tuple of ranks for all layers, those whose cores would not be smaller stay. Raises `ValueError` for ranks
+    under 1, of a wrong number, or of an unknown layer; the network is then unchanged.
     """
     layers = planned_layers(model, make_plan(model, k=1, include=include, exclude=exclude))
-    report, given = FactorReport(skipped=_others(model, layers)), isinstance(ranks, dict)
-    if unknown := set(ranks) - set(layers) if given else ():
-        raise ValueError(f"ranks names {sorted(unknown)}; the layers are {', '.join(layers)}")
-    trains = {name: _train(name, layer.weight.shape, ranks[name] if given else ranks, naive) for name, layer in layers.items() if not given or name in ranks}
-    generator = torch.Generator().manual_seed(seed)
+    each, given = _ranks_by_layer(ranks, layers), isinstance(ranks, dict)
+    trains = {name: _train(name, layers[name].weight.shape, each[name], naive) for name in layers if name in each}
+    report, generator = FactorReport(skipped=_others(model, layers)), torch.Generator().manual_seed(seed)
     for name, layer in layers.items():
-        weight, numbers = layer.weight.detach(), sum(map(prod, trains[name].sizes())) if name in trains else 0
-        if name not in trains or (not given and numbers >= weight.numel()):
-            report.skipped[name] = f"no smaller: {numbers:,} numbers in cores for {weight.numel():,}" if numbers else "no ranks given"
+        weight = layer.weight.detach()
+        if name not in trains:
+            report.skipped[name] = "no ranks given"
+            continue
+        numbers = sum(map(prod, trains[name].sizes()))
+        if numbers >= weight.numel() and not given:
+            report.skipped[name] = f"no smaller: {numbers:,} numbers in cores for {weight.numel():,}"
             continue
         error = _replace(layer, trains[name], generator if scratch else None)
-        report.rows.append(_row(name, weight, ranks[name] if given else ranks, numbers, error))
+        report.rows.append(_row(name, weight, each[name], numbers, error))
     return report
 
+# %% ../nbs/22_tensor_train.ipynb #ranks-by-layer
+def _ranks_by_layer(ranks, layers):  # {name: ranks}
+    if not isinstance(ranks, dict):
+        return dict.fromkeys(layers, ranks)
+    if unknown := set(ranks) - set(layers):
+        raise ValueError(f"ranks names {sorted(unknown)}; the layers are {', '.join(layers)}")
+    return ranks
 
+# %% ../nbs/22_tensor_train.ipynb #train
 def _train(name, shape, ranks, naive):
     if not ranks or min(ranks) < 1:
         raise ValueError(f"ranks of {name!r} are {list(ranks)}; there must be some, each at least 1")
     return (_naive_train if naive else _matrix_train)(shape, tuple(ranks))
 
-
+# %% ../nbs/22_tensor_train.ipynb #replace
 @torch.no_grad()
 def _replace(layer, train, generator):  # → relative error of the new kernel
     before = layer.weight.detach().clone()
     parametrize.register_parametrization(layer, "weight", train)
     if generator:
-        for core, drawn in zip(layer.parametrizations.weight.parameters(), _draw_cores(train, float(before.square().mean()), before, generator)):
-            core.copy_(drawn)
+        drawn = _draw_cores(train, float(before.square().mean()), before, generator)
+        for core, value in zip(layer.parametrizations.weight.parameters(), drawn):
+            core.copy_(value)
     return float((layer.weight - before).square().sum() / before.square().sum().clamp(min=1e-30))
