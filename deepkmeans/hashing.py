@@ -16,27 +16,27 @@ from torch.nn.utils import parametrize
 from .lowrank import FactorReport, _others, _row
 from .sharing import CONVOLUTIONS, make_plan, planned_layers
 
-# %% ../nbs/23_hashing.ipynb #hash
+# %% ../nbs/23_hashing.ipynb #hashes
 GOLDEN = 0x9E3779B97F4A7C15  # step of splitmix64: 2⁶⁴ over the golden ratio, odd
 
 
 def hashes(
-    n, # how many
-    seed=0, # state before the first
+    n: int, # how many
+    seed: int = 0, # state before the first
 ) -> np.ndarray: # (n,) of 64-bit integers, uint64
     """The first n outputs of splitmix64, the same everywhere."""
     from pandas.util import hash_array
 
-    states = np.arange(1, n + 1, dtype=np.uint64) * np.uint64(GOLDEN) + np.uint64(seed)  # wraps around at 2⁶⁴, as it must
-    return hash_array(states)
+    steps = np.arange(1, n + 1, dtype=np.uint64) * np.uint64(GOLDEN)  # wraps around at 2⁶⁴, as it must
+    return hash_array(steps + np.uint64(seed))
 
-
+# %% ../nbs/23_hashing.ipynb #index-and-sign
 def _index_and_sign(n, seed):  # two independent hashes of each position
     start = int(hashes(1, seed)[0])  # streams of consecutive seeds are far apart
     first, second = hashes(2 * n, start).reshape(2, n)
     return first, 1 - 2 * (second >> np.uint64(63)).astype(np.int8)
 
-# %% ../nbs/23_hashing.ipynb #share
+# %% ../nbs/23_hashing.ipynb #apportion
 def apportion(
     budget, # whole number, at least one for each part and at most their sizes together
     weights, # (parts,) shares, above 0
@@ -46,36 +46,45 @@ def apportion(
     weights, sizes = np.asarray(weights, dtype=float), np.asarray(sizes)
     if not len(sizes) <= budget <= sizes.sum():
         raise ValueError(f"budget={budget} must be from {len(sizes)}, one for each part, to {sizes.sum()}")
-    ideal = lambda scale: np.clip(scale * weights, 1, sizes)
-    low, high = 0.0, sizes.sum() / weights.min()
-    for _ in range(200):
-        middle = (low + high) / 2
-        low, high = (middle, high) if ideal(middle).sum() <= budget else (low, middle)
-    given = np.floor(ideal(low) + 1e-9).astype(int)
-    order = np.argsort(given - np.where(given < sizes, ideal(low), -np.inf), kind="stable")
+    ideal = _ideal(budget, weights, sizes)
+    given = np.floor(ideal + 1e-9).astype(int)
+    order = np.argsort(given - np.where(given < sizes, ideal, -np.inf), kind="stable")
     while left := budget - given.sum():
         given[order[:left]] += given[order[:left]] < sizes[order[:left]]
     return given
 
+# %% ../nbs/23_hashing.ipynb #ideal
+def _ideal(budget, weights, sizes):  # (parts,) shares under the bounds, together at most the budget
+    low, high = 0.0, sizes.sum() / weights.min()
+    for _ in range(200):
+        middle = (low + high) / 2
+        if np.clip(middle * weights, 1, sizes).sum() <= budget:
+            low = middle
+        else:
+            high = middle
+    return np.clip(low * weights, 1, sizes)
+
 # %% ../nbs/23_hashing.ipynb #weight
 class HashedWeight(nn.Module):
-    """The parametrization weight_i = ξ(i)·buckets[h(i)] (Chen et al. 2015); what is not stored is computed again from the seed.
+    """The parametrization weight_i = ξ(i)·buckets[h(i)] (Chen et al. 2015).
 
-    Raises `ValueError` for a number of buckets that is not from 1 to the number of weights.
+    What is not stored is computed again from the seed. Raises `ValueError` for a number of buckets that is not from 1
+    to the number of weights.
     """
 
     def __init__(
         self,
-        shape, # of the weight
-        buckets, # K
-        seed=0, # of both hashes
+        shape: tuple, # of the weight
+        buckets: int, # K
+        seed: int = 0, # of both hashes
     ):
         super().__init__()
         if not 1 <= buckets <= prod(shape):
             raise ValueError(f"buckets={buckets} must be from 1 to the number of weights, {prod(shape)}")
         self.shape, self.buckets = tuple(shape), int(buckets)
         drawn, sign = _index_and_sign(prod(shape), seed)
-        self.register_buffer("index", torch.from_numpy(self._deal(drawn).astype(np.int32)), persistent=False)  # (n,)
+        index = torch.from_numpy(self._deal(drawn).astype(np.int32))
+        self.register_buffer("index", index, persistent=False)  # (n,)
         self.register_buffer("sign", torch.from_numpy(sign).float(), persistent=False)  # (n,)
 
     def _deal(self, drawn):
@@ -88,20 +97,20 @@ class HashedWeight(nn.Module):
         total = weight.new_zeros(self.buckets).index_add(0, self.index, weight.flatten() * self.sign)
         return total / torch.bincount(self.index, minlength=self.buckets).clamp(min=1)
 
-# %% ../nbs/23_hashing.ipynb #frequency
+# %% ../nbs/23_hashing.ipynb #cosine
 def cosine(
-    d, # side of a kernel
+    d: int, # side of a kernel
 ) -> torch.Tensor: # (d, d): frequencies = cosine(d) @ values
     """The orthonormal DCT-II as a matrix."""
     from scipy.fft import dct
 
     return torch.from_numpy(dct(np.eye(d), axis=0, norm="ortho"))
 
-
+# %% ../nbs/23_hashing.ipynb #beta-curve
 def beta_curve(
-    bands, # number of bands
-    alpha=1.0, # α, above 0; below 1 it gives low frequencies more
-    beta=2.0, # β, above 0; above 1 it gives high frequencies less
+    bands: int, # number of bands
+    alpha: float = 1.0, # α, above 0; below 1 it gives low frequencies more
+    beta: float = 2.0, # β, above 0; above 1 it gives high frequencies less
 ) -> np.ndarray: # (bands,), up to a factor
     """Buckets per coefficient along the bands, x^(α−1)·(1−x)^(β−1) at the middle of each (Chen et al. 2016)."""
     if not (alpha > 0 and beta > 0):
@@ -109,7 +118,7 @@ def beta_curve(
     x = (np.arange(bands) + 0.5) / bands
     return x ** (alpha - 1) * (1 - x) ** (beta - 1)
 
-
+# %% ../nbs/23_hashing.ipynb #frequency-weight
 class FrequencyWeight(HashedWeight):
     """A `HashedWeight` of the two-dimensional DCT of each kernel, band by band (Chen et al. 2016)."""
 
@@ -117,7 +126,8 @@ class FrequencyWeight(HashedWeight):
         h, w = shape[-2:]
         bands = np.add.outer(np.arange(h), np.arange(w)).ravel()  # (h·w,)
         filters, sizes = prod(shape[:-2]), np.bincount(bands)
-        self.band_buckets = apportion(buckets, beta_curve(len(sizes), alpha, beta) * sizes, filters * sizes)  # (bands,)
+        shares = beta_curve(len(sizes), alpha, beta) * sizes
+        self.band_buckets = apportion(buckets, shares, filters * sizes)  # (bands,)
         self._bands = np.tile(bands, filters)  # (n,)
         super().__init__(shape, buckets, seed)
         self.register_buffer("rows", cosine(h).float(), persistent=False)
@@ -125,68 +135,86 @@ class FrequencyWeight(HashedWeight):
 
     def _deal(self, drawn):
         start = np.cumsum(self.band_buckets) - self.band_buckets
-        return start[self._bands] + (drawn % self.band_buckets.astype(np.uint64)[self._bands]).astype(int)
+        within = drawn % self.band_buckets.astype(np.uint64)[self._bands]
+        return start[self._bands] + within.astype(int)
 
     def forward(self, buckets):  # (K,) -> weight
-        with torch.autocast(buckets.device.type, enabled=False):  # the transform in float32; the convolution rounds once
+        with torch.autocast(buckets.device.type, enabled=False):  # in float32; the convolution rounds once
             return self.rows.T @ super().forward(buckets) @ self.columns
 
     def right_inverse(self, weight):  # weight -> (K,)
         return super().right_inverse(self.rows @ weight @ self.columns.T)
 
-# %% ../nbs/23_hashing.ipynb #network
+# %% ../nbs/23_hashing.ipynb #hashed-net
 def hashed_net(
-    model, # the network; changed in place
-    ratio, # numbers of the layers over what they hold afterwards, biases included on both sides
+    model: nn.Module, # the network; changed in place
+    ratio: float, # numbers of the layers over what they hold afterwards, biases included on both sides
     *,
-    scratch=True, # random buckets, of the mean square of the weight? else those nearest to the weight
+    scratch: bool = True, # random buckets, of the mean square of the weight? else those nearest to the weight
     include=(*CONVOLUTIONS, nn.Linear), # module types that are hashed
     exclude=(), # names or glob patterns of layers to leave dense
-    seed=0, # of hashes and buckets
+    seed: int = 0, # of hashes and buckets
 ) -> FactorReport:
     """Hash the weights of each layer into its share of the budget (Chen et al. 2015).
 
     Raises `ValueError` for a ratio under 1 or more than the layers can bear; the network is then unchanged.
     """
-    return _hash_layers(model, ratio, scratch, include, exclude, seed, lambda layer, *args: HashedWeight(*args))
+    def make(layer, *settings):
+        return HashedWeight(*settings)
 
+    return _hash_layers(model, ratio, scratch, include, exclude, seed, make)
 
+# %% ../nbs/23_hashing.ipynb #fresh-net
 def fresh_net(
-    model, # the network; changed in place
-    ratio, # numbers of the layers over what they hold afterwards, biases included on both sides
+    model: nn.Module, # the network; changed in place
+    ratio: float, # numbers of the layers over what they hold afterwards, biases included on both sides
     *,
-    alpha=1.0, # α of the budget along the bands
-    beta=2.0, # β
-    scratch=True, # random buckets, of the mean square of the weight? else those nearest to the weight
+    alpha: float = 1.0, # α of the budget along the bands
+    beta: float = 2.0, # β
+    scratch: bool = True, # random buckets, of the mean square of the weight? else those nearest to the weight
     include=(*CONVOLUTIONS, nn.Linear), # module types that are hashed
     exclude=(), # names or glob patterns of layers to leave dense
-    seed=0, # of hashes and buckets
+    seed: int = 0, # of hashes and buckets
 ) -> FactorReport:
     """Hash the frequencies of each two-dimensional convolution, and the weights of other layers (Chen et al. 2016).
 
     Raises `ValueError` as `hashed_net`, and for α or β that are not above 0.
     """
     beta_curve(1, alpha, beta)
-    make = lambda layer, *args: FrequencyWeight(*args, alpha, beta) if isinstance(layer, nn.Conv2d) else HashedWeight(*args)
+
+    def make(layer, *settings):
+        if isinstance(layer, nn.Conv2d):
+            return FrequencyWeight(*settings, alpha, beta)
+        return HashedWeight(*settings)
+
     return _hash_layers(model, ratio, scratch, include, exclude, seed, make)
 
-
-def _hash_layers(model, ratio, scratch, include, exclude, seed, make):
+# %% ../nbs/23_hashing.ipynb #hash-layers
+def _hash_layers(model, ratio, scratch, include, exclude, seed, make):  # make(layer, shape, buckets, seed) → its weight
     layers = planned_layers(model, make_plan(model, k=1, include=include, exclude=exclude))
-    sizes, biases = [m.weight.numel() for m in layers.values()], sum(m.bias.numel() for m in layers.values() if m.bias is not None)
-    most = (sum(sizes) + biases) / (len(layers) + biases)
+    budgets = _budgets(layers.values(), ratio)
+    hashed = [make(layer, layer.weight.shape, budgets[i], seed + i) for i, layer in enumerate(layers.values())]
+    report, generator = FactorReport(skipped=_others(model, layers)), torch.Generator().manual_seed(seed)
+    for (name, layer), weight in zip(layers.items(), hashed):
+        before = layer.weight.detach().clone()
+        parametrize.register_parametrization(layer, "weight", weight.to(before.device))
+        if scratch:
+            _draw_buckets(layer.parametrizations.weight.original, before, generator)
+        error = float((layer.weight.detach() - before).square().sum() / before.square().sum().clamp(min=1e-30))
+        report.rows.append(_row(name, before, (), weight.buckets, error))
+    return report
+
+# %% ../nbs/23_hashing.ipynb #budgets
+def _budgets(layers, ratio):  # (layers,) buckets of each; biases stay
+    sizes = [layer.weight.numel() for layer in layers]
+    biases = sum(layer.bias.numel() for layer in layers if layer.bias is not None)
+    most = (sum(sizes) + biases) / (len(sizes) + biases)
     if not 1 <= ratio <= most:
         raise ValueError(f"ratio={ratio} must be from 1 to {most:.4g}, which one number for each weight tensor reaches")
-    budgets = apportion(int((sum(sizes) + biases) / ratio) - biases, sizes, sizes)
-    hashed = [make(layer, layer.weight.shape, budget, seed + i) for i, (layer, budget) in enumerate(zip(layers.values(), budgets))]
-    report, generator = FactorReport(skipped=_others(model, layers)), torch.Generator().manual_seed(seed)
-    for (name, layer), parametrization in zip(layers.items(), hashed):
-        before = layer.weight.detach().clone()
-        parametrize.register_parametrization(layer, "weight", parametrization.to(before.device))
-        if scratch:
-            with torch.no_grad():
-                drawn = torch.rand(parametrization.buckets, generator=generator) * 2 - 1
-                layer.parametrizations.weight.original.copy_(drawn * (3 * before.square().mean()).sqrt().cpu())
-        error = float((layer.weight.detach() - before).square().sum() / before.square().sum().clamp(min=1e-30))
-        report.rows.append(_row(name, before, (), parametrization.buckets, error))
-    return report
+    return apportion(int((sum(sizes) + biases) / ratio) - biases, sizes, sizes)
+
+# %% ../nbs/23_hashing.ipynb #draw-buckets
+@torch.no_grad()
+def _draw_buckets(buckets, weight, generator):  # uniform, with the mean square of the weight
+    drawn = torch.rand(len(buckets), generator=generator) * 2 - 1
+    buckets.copy_(drawn * (3 * weight.square().mean()).sqrt().cpu())
