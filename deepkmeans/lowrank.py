@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 from .accounting import FLOAT_BITS, compression
 from .sharing import CONVOLUTIONS, as_text, make_plan, planned_layers
 
-# %% ../nbs/24_lowrank.ipynb #report
+# %% ../nbs/24_lowrank.ipynb #factor-report
 @dataclass
 class FactorReport:
     """What a factorisation did: a dict for each layer that was factored, and the reason for each that was not."""
@@ -28,42 +28,47 @@ class FactorReport:
 
     @property
     def layers(self):
-        """A pandas frame, one line a layer: its ranks, the number of weights before and after, and the relative error ‖W − Ŵ‖²/‖W‖²."""
+        """A pandas frame, a line a layer: ranks, numbers of weights before and after, relative error ‖W − Ŵ‖²/‖W‖²."""
         import pandas as pd
 
-        return pd.DataFrame(self.rows, columns=["layer", "shape", "ranks", "weights", "factors", "error"]).set_index("layer")
+        columns = ["layer", "shape", "ranks", "weights", "factors", "error"]
+        return pd.DataFrame(self.rows, columns=columns).set_index("layer")
 
     def __str__(self):
         skipped = "".join(f"\nnot factored: {name} ({reason})" for name, reason in self.skipped.items())
         return as_text(self.layers) + skipped
 
-
+# %% ../nbs/24_lowrank.ipynb #row
 def _row(name, weight, ranks, factors, error):
-    return dict(layer=name, shape="×".join(map(str, weight.shape)), ranks=tuple(ranks), weights=weight.numel(), factors=factors, error=error)
+    shape = "×".join(map(str, weight.shape))
+    return dict(layer=name, shape=shape, ranks=tuple(ranks), weights=weight.numel(), factors=factors, error=error)
 
-
+# %% ../nbs/24_lowrank.ipynb #others
 def _others(model, layers):  # layers with weights that nobody asked to factor
-    return {name: "not asked for" for name, m in model.named_modules() if isinstance(m, (*CONVOLUTIONS, nn.Linear)) and name not in layers}
+    weighted = [name for name, module in model.named_modules() if isinstance(module, (*CONVOLUTIONS, nn.Linear))]
+    return {name: "not asked for" for name in weighted if name not in layers}
 
 # %% ../nbs/24_lowrank.ipynb #random-dictionary
 class RandomDictionary(nn.Module):
-    """The parametrization weight = coefficients (m, r) · dictionary (r, n): the coefficients are learned, the dictionary is fixed (Denil et al. 2013).
+    """The parametrization weight = coefficients (m, r) · dictionary (r, n) (Denil et al. 2013).
 
-    The dictionary is an orthonormal basis of a random subspace, made from the seed and not saved. Raises `ValueError` for a number of atoms r that is not from 1 to n.
+    The coefficients are learned. The dictionary is fixed, an orthonormal basis of a random subspace, made from the seed
+    and not saved. Raises `ValueError` for a number of atoms r that is not from 1 to n.
     """
 
     def __init__(
         self,
-        shape, # shape of the weight, m first; n is the product of the others
-        atoms, # rank r
-        seed=0, # seed of the dictionary
+        shape: tuple, # shape of the weight, m first; n is the product of the others
+        atoms: int, # rank r
+        seed: int = 0, # seed of the dictionary
     ):
         super().__init__()
         n = prod(shape[1:])
         if not 1 <= atoms <= n:
             raise ValueError(f"atoms={atoms} must be between 1 and the number of weights of a filter, {n}")
         gaussian = torch.randn(n, atoms, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-        self.register_buffer("dictionary", torch.linalg.qr(gaussian).Q.T.float().contiguous(), persistent=False)  # (r, n)
+        dictionary = torch.linalg.qr(gaussian).Q.T.float().contiguous()  # (r, n)
+        self.register_buffer("dictionary", dictionary, persistent=False)
         self.shape = tuple(shape)
 
     def forward(self, coefficients):  # (m, r) -> weight
@@ -73,18 +78,19 @@ class RandomDictionary(nn.Module):
         coefficients = weight.flatten(1) @ self.dictionary.T
         return coefficients * (weight.norm() / coefficients.norm().clamp(min=1e-30))
 
-
+# %% ../nbs/24_lowrank.ipynb #random-dictionary-code
 def random_dictionary(
-    model, # the network; changed in place
-    ratio, # weights of a layer over its coefficients, at least 1
+    model: nn.Module, # the network; changed in place
+    ratio: float, # weights of a layer over its coefficients, at least 1
     *,
     include=CONVOLUTIONS, # module types that are factored
     exclude=(), # names or glob patterns of layers to leave dense
-    seed=0, # the dictionary of the i-th layer has seed + i
+    seed: int = 0, # the dictionary of the i-th layer has seed + i
 ) -> FactorReport:
-    """Write each layer as learned coefficients times a fixed random dictionary, of the rank that the ratio allows (Denil et al. 2013).
+    """Write each layer as learned coefficients times a fixed random dictionary (Denil et al. 2013).
 
-    Raises `ValueError` for a ratio under 1 and for layers that cannot be factored; the network is then unchanged.
+    Its rank is the largest that the ratio allows. Raises `ValueError` for a ratio under 1 and for layers that cannot be
+    factored; the network is then unchanged.
     """
     if not ratio >= 1:
         raise ValueError(f"ratio={ratio} must be at least 1")
@@ -101,20 +107,22 @@ def random_dictionary(
 
 # %% ../nbs/24_lowrank.ipynb #vbmf
 class VBMF(NamedTuple):
-    """The rank of a matrix under noise, the variance of the noise, and the shrunken singular values (rank,) that remain."""
+    """The rank of a matrix under noise, the variance of the noise, and the (rank,) shrunken singular values."""
     rank: int
     variance: float
     values: np.ndarray
 
-
+# %% ../nbs/24_lowrank.ipynb #threshold
 def _threshold(alpha):  # x below which a component is null
     from scipy.optimize import brentq
 
-    phi = lambda z: np.log1p(z) / z - 0.5
+    def phi(z):
+        return np.log1p(z) / z - 0.5
+
     tau = brentq(lambda t: phi(t) + phi(t / alpha), alpha ** 0.5, 2.6)
     return (1 + tau) * (1 + alpha / tau)
 
-
+# %% ../nbs/24_lowrank.ipynb #free-energy
 def _free_energy(variance, squares, M, alpha, least):  # Ω, for (…,) variances and the (L,) squared singular values
     x = squares / (M * np.asarray(variance)[..., None])  # (…, L)
     shifted = np.where(x > least, x, least) - 1 - alpha
@@ -122,99 +130,122 @@ def _free_energy(variance, squares, M, alpha, least):  # Ω, for (…,) variance
     gain = np.log1p(tau) + alpha * np.log1p(tau / alpha) - tau
     return (x - np.log(x)).sum(-1) + np.where(x > least, gain, 0).sum(-1)
 
-
+# %% ../nbs/24_lowrank.ipynb #noise
 def _noise(squares, M, alpha, least):  # the variance that minimises Ω
     from scipy.optimize import minimize_scalar
 
-    L, most = len(squares), squares.sum() / (len(squares) * M)
-    h = ceil(L / (1 + alpha)) - 1
-    low = max(squares[h] / (M * least), squares[h:].mean() / M, 1e-14 * most)
+    low, most = _noise_bounds(squares, M, alpha, least)
     if low >= most:
         return most
     grid = np.geomspace(low, most, 512)
     best = _free_energy(grid, squares, M, alpha, least).argmin()
     bounds = np.log(grid[[max(best - 1, 0), min(best + 1, 511)]])
-    return float(np.exp(minimize_scalar(lambda v: _free_energy(np.exp(v), squares, M, alpha, least), bounds=bounds, method="bounded", options={"xatol": 1e-10}).x))
 
+    def energy(logarithm):
+        return _free_energy(np.exp(logarithm), squares, M, alpha, least)
 
+    found = minimize_scalar(energy, bounds=bounds, method="bounded", options={"xatol": 1e-10})
+    return float(np.exp(found.x))
+
+# %% ../nbs/24_lowrank.ipynb #noise-bounds
+def _noise_bounds(squares, M, alpha, least):  # between which the variance lies
+    most = squares.sum() / (len(squares) * M)
+    h = ceil(len(squares) / (1 + alpha)) - 1
+    return max(squares[h] / (M * least), squares[h:].mean() / M, 1e-14 * most), most
+
+# %% ../nbs/24_lowrank.ipynb #evbmf
 def evbmf(
     matrix, # (rows, columns)
 ) -> VBMF: # rank, variance, values
-    """The global analytic solution of empirical variational Bayesian matrix factorisation with unknown noise (Nakajima et al. 2013).
+    """The global analytic solution of empirical variational Bayesian matrix factorisation with unknown noise.
 
-    Raises `ValueError` for what is no matrix, or holds NaN or infinite values.
+    Raises `ValueError` for what is no matrix, or holds NaN or infinite values. Source: Nakajima et al. 2013.
     """
     matrix = torch.as_tensor(matrix).detach().cpu().double().numpy()
     if matrix.ndim != 2 or not np.isfinite(matrix).all():
         raise ValueError(f"matrix of shape {matrix.shape} must have two axes and finite values")
     L, M = sorted(matrix.shape)
     gamma = np.linalg.svd(matrix, compute_uv=False)  # (L,)
-    squares, alpha, least = np.maximum(gamma ** 2, 1e-28 * gamma[0] ** 2 + 1e-300), L / M, _threshold(L / M)
-    variance = _noise(squares, M, alpha, least)
+    squares = np.maximum(gamma ** 2, 1e-28 * gamma[0] ** 2 + 1e-300)
+    least = _threshold(L / M)
+    variance = _noise(squares, M, L / M, least)
     kept = gamma[gamma ** 2 > M * variance * least]
     t = 1 - (L + M) * variance / kept ** 2
-    return VBMF(len(kept), variance, kept / 2 * (t + np.sqrt(t ** 2 - 4 * L * M * variance ** 2 / kept ** 4)))
+    shrunken = kept / 2 * (t + np.sqrt(t ** 2 - 4 * L * M * variance ** 2 / kept ** 4))
+    return VBMF(len(kept), variance, shrunken)
 
-# %% ../nbs/24_lowrank.ipynb #replace
+# %% ../nbs/24_lowrank.ipynb #convolution
 def _convolution(weight, bias=None, **geometry):  # a Conv2d with this weight; the global generators are not touched
-    layer = nn.Conv2d(weight.shape[1], weight.shape[0], tuple(weight.shape[2:]), bias=bias is not None, device="meta", **geometry)
+    m, c, *kernel = weight.shape
+    layer = nn.Conv2d(c, m, tuple(kernel), bias=bias is not None, device="meta", **geometry)
     layer.weight = nn.Parameter(weight.contiguous())
     layer.bias = None if bias is None else nn.Parameter(bias.detach().clone())
     return layer
 
-
+# %% ../nbs/24_lowrank.ipynb #factorise
 def _factorise(model, exclude, factor):  # factor(name, conv) → (factors, ranks, error), or the reason why not
     layers = planned_layers(model, make_plan(model, k=1, include=nn.Conv2d, exclude=exclude))
     if "" in layers:
         raise ValueError("model is a convolution itself and cannot be replaced in place; put it into an nn.Sequential")
-    report, found = FactorReport(skipped=_others(model, layers)), {}
-    for name, conv in layers.items():
-        made = "grouped" if conv.groups > 1 else factor(name, conv)
-        (report.skipped if isinstance(made, str) else found)[name] = made
-    for name, (factors, ranks, error) in found.items():
-        conv, (parent, _, child) = layers[name], name.rpartition(".")
-        factors.train(conv.training).to(conv.weight.device, conv.weight.dtype)
-        report.rows.append(_row(name, conv.weight, ranks, sum(f.weight.numel() for f in factors), error))
-        setattr(model.get_submodule(parent), child, factors)
+    made = {name: "grouped" if conv.groups > 1 else factor(name, conv) for name, conv in layers.items()}
+    reasons = {name: result for name, result in made.items() if isinstance(result, str)}
+    report = FactorReport(skipped=_others(model, layers) | reasons)
+    for name in [name for name in layers if name not in reasons]:
+        factors, ranks, error = made[name]
+        weight = layers[name].weight
+        report.rows.append(_row(name, weight, ranks, sum(f.weight.numel() for f in factors), error))
+        _put(model, name, factors.to(weight.device, weight.dtype))
     return report
 
-# %% ../nbs/24_lowrank.ipynb #tucker
+# %% ../nbs/24_lowrank.ipynb #put
+def _put(model, name, factors):  # in the place of the layer of this name
+    parent, _, child = name.rpartition(".")
+    factors.train(model.get_submodule(name).training)
+    setattr(model.get_submodule(parent), child, factors)
+
+# %% ../nbs/24_lowrank.ipynb #tucker-factors
 def _tucker_factors(conv, r_in, r_out):  # None: that side stays → (nn.Sequential, relative error)
     import tensorly
     from tensorly.decomposition import partial_tucker
 
     weight = conv.weight.detach().cpu().double().numpy()
-    modes = [mode for mode, rank in ((0, r_out), (1, r_in)) if rank]
+    ranks = {mode: rank for mode, rank in ((0, r_out), (1, r_in)) if rank}
     with tensorly.backend_context("numpy", local_threadsafe=True):
-        (core, factors), _ = partial_tucker(weight, rank=[r for r in (r_out, r_in) if r], modes=modes)
-    side = {mode: torch.from_numpy(np.ascontiguousarray(U)) for mode, U in zip(modes, factors)}  # (T, R₄) and (S, R₃)
+        (core, factors), _ = partial_tucker(weight, rank=list(ranks.values()), modes=list(ranks))
+    sides = {mode: torch.from_numpy(np.ascontiguousarray(U)) for mode, U in zip(ranks, factors)}  # (T, R₄) and (S, R₃)
+    error = max(0.0, 1 - float((core ** 2).sum() / max((weight ** 2).sum(), 1e-300)))
+    return _tucker_layers(conv, torch.from_numpy(np.ascontiguousarray(core)), sides), error
+
+# %% ../nbs/24_lowrank.ipynb #tucker-layers
+def _tucker_layers(conv, core, sides):  # sides: {0: (T, R₄), 1: (S, R₃)}, or one of them
     geometry = dict(stride=conv.stride, padding=conv.padding, dilation=conv.dilation, padding_mode=conv.padding_mode)
     parts = OrderedDict()
-    if 1 in side:
-        parts["reduce"] = _convolution(side[1].T[:, :, None, None])
-    parts["core"] = _convolution(torch.from_numpy(np.ascontiguousarray(core)), None if 0 in side else conv.bias, **geometry)
-    if 0 in side:
-        parts["expand"] = _convolution(side[0][:, :, None, None], conv.bias)
-    return nn.Sequential(parts), max(0.0, 1 - float((core ** 2).sum() / max((weight ** 2).sum(), 1e-300)))
+    if 1 in sides:
+        parts["reduce"] = _convolution(sides[1].T[:, :, None, None])
+    parts["core"] = _convolution(core, None if 0 in sides else conv.bias, **geometry)
+    if 0 in sides:
+        parts["expand"] = _convolution(sides[0][:, :, None, None], conv.bias)
+    return nn.Sequential(parts)
 
-
+# %% ../nbs/24_lowrank.ipynb #bayesian-ranks
 def bayesian_ranks(
     conv, # a Conv2d
 ) -> tuple: # (R₃, R₄), each at least 1
-    """The Tucker-2 ranks of a convolution by `evbmf` of its unfoldings along input and output channels (Kim et al. 2016)."""
+    """The Tucker-2 ranks of a convolution by `evbmf` of its unfoldings along input and output (Kim et al. 2016)."""
     weight = conv.weight.detach()
     return tuple(max(1, evbmf(weight.transpose(0, axis).flatten(1)).rank) for axis in (1, 0))
 
-
+# %% ../nbs/24_lowrank.ipynb #tucker
 def tucker(
-    model, # the network; changed in place
+    model: nn.Module, # the network; changed in place
     ranks=None, # {layer name: (R₃, R₄)}, taken as they are; None: `bayesian_ranks` of every layer
     *,
     exclude=(), # names or glob patterns of layers to leave dense
 ) -> FactorReport:
-    """Each k×k convolution becomes 1×1, k×k and 1×1 convolutions (Tucker-2 of Kim et al. 2016, without its fine-tuning).
+    """Each k×k convolution becomes 1×1, k×k and 1×1 convolutions (Tucker-2 of Kim et al. 2016, without fine-tuning).
 
-    Grouped and 1×1 convolutions, and those whose factors would not be smaller, stay. Raises `ValueError` for ranks out of bounds; the network is then unchanged.
+    Grouped and 1×1 convolutions, and those whose factors would not be smaller, stay. Raises `ValueError` for ranks out
+    of bounds; the network is then unchanged.
     """
     first = next((name for name, m in model.named_modules() if isinstance(m, nn.Conv2d)), None)
 
@@ -224,77 +255,113 @@ def tucker(
             return "1×1"
         if ranks is not None and name not in ranks:
             return "no ranks given"
-        r_in, r_out = ranks[name] if ranks else bayesian_ranks(conv)
-        if not (1 <= r_in <= S and 1 <= r_out <= T):
-            raise ValueError(f"ranks of {name!r} are ({r_in}, {r_out}); they must be at least 1 and at most ({S}, {T})")
-        if not ranks:
-            r_in, r_out = (None if name == first or r_in == S else r_in), (None if r_out == T else r_out)
-            size = S * (r_in or 0) + prod(kernel) * (r_in or S) * (r_out or T) + T * (r_out or 0)
-            if size >= conv.weight.numel():
-                return f"no smaller: {size:,} weights of factors for {conv.weight.numel():,}"
+        r_in, r_out = _given_ranks(name, conv, ranks) if ranks else _shrinking_ranks(conv, name == first)
+        size = _tucker_size(conv, r_in, r_out)
+        if size >= conv.weight.numel() and not ranks:
+            return f"no smaller: {size:,} weights of factors for {conv.weight.numel():,}"
         factors, error = _tucker_factors(conv, r_in, r_out)
         return factors, (r_in or S, r_out or T), error
 
     return _factorise(model, exclude, factor)
 
-# %% ../nbs/24_lowrank.ipynb #separable
+# %% ../nbs/24_lowrank.ipynb #given-ranks
+def _given_ranks(name, conv, ranks):
+    T, S = conv.weight.shape[:2]
+    r_in, r_out = ranks[name]
+    if not (1 <= r_in <= S and 1 <= r_out <= T):
+        raise ValueError(f"ranks of {name!r} are ({r_in}, {r_out}); they must be at least 1 and at most ({S}, {T})")
+    return r_in, r_out
+
+# %% ../nbs/24_lowrank.ipynb #shrinking-ranks
+def _shrinking_ranks(conv, first):  # None for a side that stays: one that does not shrink, and the input of the network
+    T, S = conv.weight.shape[:2]
+    r_in, r_out = bayesian_ranks(conv)
+    if first or r_in == S:
+        r_in = None
+    if r_out == T:
+        r_out = None
+    return r_in, r_out
+
+# %% ../nbs/24_lowrank.ipynb #tucker-size
+def _tucker_size(conv, r_in, r_out):  # weights of the factors
+    T, S, *kernel = conv.weight.shape
+    return S * (r_in or 0) + prod(kernel) * (r_in or S) * (r_out or T) + T * (r_out or 0)
+
+# %% ../nbs/24_lowrank.ipynb #separable-svd
 def _separable_svd(conv):  # the matrix of rows (c, y) and columns (x, n), decomposed
-    return torch.linalg.svd(conv.weight.detach().double().permute(1, 2, 3, 0).flatten(2).flatten(0, 1), full_matrices=False)
+    matrix = conv.weight.detach().double().permute(1, 2, 3, 0).flatten(2).flatten(0, 1)
+    return torch.linalg.svd(matrix, full_matrices=False)
 
-
+# %% ../nbs/24_lowrank.ipynb #separable-factors
 def _separable_factors(conv, svd, K):
-    (U, S, Zt), (N, C, ky, kx), root = svd, conv.weight.shape, svd.S[:K].sqrt()
-    vertical = (U[:, :K] * root).T.reshape(K, C, ky, 1)
-    horizontal = (root[:, None] * Zt[:K]).reshape(K, 1, kx, N).permute(3, 0, 1, 2)
-    split = lambda value, axis, rest: value if isinstance(value, str) else tuple(v if i == axis else rest for i, v in enumerate(value))
-    geometry = [dict(stride=split(conv.stride, axis, 1), padding=split(conv.padding, axis, 0), dilation=split(conv.dilation, axis, 1), padding_mode=conv.padding_mode) for axis in (0, 1)]
-    return nn.Sequential(OrderedDict(vertical=_convolution(vertical, **geometry[0]), horizontal=_convolution(horizontal, conv.bias, **geometry[1])))
+    N, C, ky, kx = conv.weight.shape
+    root = svd.S[:K].sqrt()  # (K,)
+    vertical = (svd.U[:, :K] * root).T.reshape(K, C, ky, 1)
+    horizontal = (root[:, None] * svd.Vh[:K]).reshape(K, 1, kx, N).permute(3, 0, 1, 2)
+    first = _convolution(vertical, **_along(conv, 0))
+    second = _convolution(horizontal, conv.bias, **_along(conv, 1))
+    return nn.Sequential(OrderedDict(vertical=first, horizontal=second))
 
+# %% ../nbs/24_lowrank.ipynb #along
+def _along(conv, axis):  # the geometry of a convolution along one axis
+    options = dict(stride=(conv.stride, 1), padding=(conv.padding, 0), dilation=(conv.dilation, 1))
+    split = {option: _only(value, axis, rest) for option, (value, rest) in options.items()}
+    return split | dict(padding_mode=conv.padding_mode)
 
+# %% ../nbs/24_lowrank.ipynb #only
+def _only(value, axis, rest):  # a pair whose other half is at rest; a word, such as "same", holds for both
+    if isinstance(value, str):
+        return value
+    return (value[0], rest) if axis == 0 else (rest, value[1])
+
+# %% ../nbs/24_lowrank.ipynb #ranks-of-energy
 def _ranks_of_energy(svds, energy):  # the least rank that holds this share, for each layer
     held = {name: svd.S.square().cumsum(0) for name, svd in svds.items()}
     return {name: min(len(h), 1 + int((h < energy * h[-1]).sum())) for name, h in held.items()}
 
+# %% ../nbs/24_lowrank.ipynb #ranks-of-ratio
+def _ranks_of_ratio(svds, convs, other, ratio):  # those of the largest share whose network is small enough
+    sizes = {name: conv.weight.numel() for name, conv in convs.items()}
 
-def _ranks_of_ratio(svds, sizes, costs, other, ratio):  # those of the largest share whose network is small enough
-    numbers = lambda energy: other + sum(min(sizes[name], K * costs[name]) for name, K in _ranks_of_energy(svds, energy).items())
-    wanted, least = (other + sum(sizes.values())) / ratio, numbers(0.0)
-    if least > wanted:
-        raise ValueError(f"ratio={ratio} must be at most {(other + sum(sizes.values())) / least:.4g}, which rank 1 everywhere reaches")
+    def numbers(energy):
+        ranks = _ranks_of_energy(svds, energy)
+        return other + sum(min(sizes[name], K * _cost(convs[name])) for name, K in ranks.items())
+
+    dense, least = other + sum(sizes.values()), numbers(0.0)
+    if least > dense / ratio:
+        raise ValueError(f"ratio={ratio} must be at most {dense / least:.4g}, which rank 1 everywhere reaches")
     low, high = 0.0, 1.0
     for _ in range(50):
         middle = (low + high) / 2
-        low, high = (middle, high) if numbers(middle) <= wanted else (low, middle)
+        if numbers(middle) <= dense / ratio:
+            low = middle
+        else:
+            high = middle
     return _ranks_of_energy(svds, low)
 
-
+# %% ../nbs/24_lowrank.ipynb #separable
 def separable(
-    model, # the network; changed in place
+    model: nn.Module, # the network; changed in place
     *,
-    energy=None, # share of Σσ² that every layer keeps, above 0 and at most 1
-    ratio=None, # or the numbers of the whole network over what it holds afterwards, normalisation left out
+    energy: float | None = None, # share of Σσ² that every layer keeps, above 0 and at most 1
+    ratio: float | None = None, # or the numbers of the network over what it holds afterwards, without normalisation
     ranks=None, # or {layer name: K}, taken as they are
     exclude=(), # names or glob patterns of layers to leave dense
 ) -> FactorReport:
-    """Each convolution becomes k×1 and 1×k convolutions, the best of their rank (Tai et al. 2016, without their fine-tuning).
+    """Each convolution becomes k×1 and 1×k convolutions, the best of their rank (Tai et al. 2016, without fine-tuning).
 
-    Grouped convolutions and those whose factors would not be smaller stay. Raises `ValueError` unless exactly one of energy, ratio and ranks is given, within its bounds.
+    Grouped convolutions and those whose factors would not be smaller stay. Raises `ValueError` unless exactly one of
+    energy, ratio and ranks is given, within its bounds.
     """
-    if sum(given is not None for given in (energy, ratio, ranks)) != 1:
-        raise ValueError(f"energy={energy}, ratio={ratio}, ranks={ranks}: give exactly one of them")
-    if energy is not None and not 0 < energy <= 1:
-        raise ValueError(f"energy={energy} must be above 0 and at most 1")
-    if ratio is not None and not ratio >= 1:
-        raise ValueError(f"ratio={ratio} must be at least 1")
-    convs = {name: conv for name, conv in planned_layers(model, make_plan(model, k=1, include=nn.Conv2d, exclude=exclude)).items() if conv.groups == 1}
+    _check_separable(energy, ratio, ranks)
+    planned = planned_layers(model, make_plan(model, k=1, include=nn.Conv2d, exclude=exclude))
+    convs = {name: conv for name, conv in planned.items() if conv.groups == 1}
     svds = {name: _separable_svd(conv) for name, conv in convs.items()}
-    sizes = {name: conv.weight.numel() for name, conv in convs.items()}
-    costs = {name: conv.kernel_size[0] * conv.in_channels + conv.kernel_size[1] * conv.out_channels for name, conv in convs.items()}
+    chosen = ranks
+    if energy is not None:
+        chosen = _ranks_of_energy(svds, energy)
     if ratio is not None:
-        other = round(compression(model, coding="entropy").dense_bits / FLOAT_BITS) - sum(sizes.values())
-        chosen = _ranks_of_ratio(svds, sizes, costs, other, ratio)
-    else:
-        chosen = ranks if energy is None else _ranks_of_energy(svds, energy)
+        chosen = _ranks_of_ratio(svds, convs, _other_numbers(model, convs), ratio)
 
     def factor(name, conv):
         if name not in chosen:
@@ -302,8 +369,28 @@ def separable(
         K, S = chosen[name], svds[name].S
         if not 1 <= K <= len(S):
             raise ValueError(f"rank of {name!r} is {K}; it must be from 1 to {len(S)}")
-        if ranks is None and K * costs[name] >= sizes[name]:
-            return f"no smaller: {K * costs[name]:,} weights of factors for {sizes[name]:,}"
-        return _separable_factors(conv, svds[name], K), (K,), float(S[K:].square().sum() / S.square().sum().clamp(min=1e-300))
+        size, dense = K * _cost(conv), conv.weight.numel()
+        if size >= dense and ranks is None:
+            return f"no smaller: {size:,} weights of factors for {dense:,}"
+        error = float(S[K:].square().sum() / S.square().sum().clamp(min=1e-300))
+        return _separable_factors(conv, svds[name], K), (K,), error
 
     return _factorise(model, exclude, factor)
+
+# %% ../nbs/24_lowrank.ipynb #check-separable
+def _check_separable(energy, ratio, ranks):
+    if sum(given is not None for given in (energy, ratio, ranks)) != 1:
+        raise ValueError(f"energy={energy}, ratio={ratio}, ranks={ranks}: give exactly one of them")
+    if energy is not None and not 0 < energy <= 1:
+        raise ValueError(f"energy={energy} must be above 0 and at most 1")
+    if ratio is not None and not ratio >= 1:
+        raise ValueError(f"ratio={ratio} must be at least 1")
+
+# %% ../nbs/24_lowrank.ipynb #cost
+def _cost(conv):  # weights of the factors for each rank
+    return conv.kernel_size[0] * conv.in_channels + conv.kernel_size[1] * conv.out_channels
+
+# %% ../nbs/24_lowrank.ipynb #other-numbers
+def _other_numbers(model, convs):  # of the network, normalisation left out
+    dense = round(compression(model, coding="entropy").dense_bits / FLOAT_BITS)
+    return dense - sum(conv.weight.numel() for conv in convs.values())
