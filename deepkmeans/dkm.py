@@ -14,16 +14,17 @@ from torch.utils.checkpoint import checkpoint
 
 from .kmeans import Clustering, encode, kmeans
 from .rows import from_rows, to_rows
-from .sharing import SharedWeight, SharingReport, _describe, _own_class, cluster, make_plan, planned_layers, share_layer
+from .sharing import SharedWeight, SharingReport, _describe, _own_class
+from .sharing import cluster, make_plan, planned_layers, share_layer
 
-# %% ../nbs/25_dkm.ipynb #soft-assign
+# %% ../nbs/25_dkm.ipynb #attention
 MAX_ATTENTION = 2 ** 26  # entries of the attention that are held at once, 256 MiB in float32
 EPS = 1e-12
 
 
 def attention(
-    rows, # (n, d)
-    codebook, # (k, d)
+    rows: torch.Tensor, # (n, d)
+    codebook: torch.Tensor, # (k, d)
     tau, # temperature, in the square of the unit of the weights
 ) -> torch.Tensor: # (n, k), each row sums to 1
     """softmax(−‖row − centre‖²/τ) over the centres (Cho et al. 2022)."""
@@ -31,27 +32,35 @@ def attention(
     codebook = codebook * scale
     return torch.addmm(-codebook.square().sum(1), rows * scale, codebook.T, alpha=2).softmax(1)
 
-
+# %% ../nbs/25_dkm.ipynb #sums
 def _sums(rows, codebook, tau):  # (k, d) weighted sums of the rows and (k, 1) the weights
     a = attention(rows, codebook, tau)
     return a.T @ rows, a.sum(0)[:, None]
 
-
+# %% ../nbs/25_dkm.ipynb #mixture
 def _mixture(rows, looked_at, codebook, tau):  # (n, d)
     return attention(rows, looked_at, tau) @ codebook
 
+# %% ../nbs/25_dkm.ipynb #once
+def _once(f, *args):
+    return f(*args)
 
+# %% ../nbs/25_dkm.ipynb #again
+def _again(f, *args):  # forgotten, and computed once more in the backward pass
+    return checkpoint(f, *args, use_reentrant=False)
+
+# %% ../nbs/25_dkm.ipynb #soft-assign
 def soft_assign(
-    rows, # (n, d)
-    codebook, # (k, d) to start from
+    rows: torch.Tensor, # (n, d)
+    codebook: torch.Tensor, # (k, d) to start from
     tau, # temperature
     *,
-    iterations=5, # at most so many
-    tol=1e-4, # end when no centre moves by more
+    iterations: int = 5, # at most so many
+    tol: float = 1e-4, # end when no centre moves by more
 ) -> tuple: # rows (n, d), each a mixture of the centres, and the codebook (k, d)
     """The fixed point of DKM and what each row becomes, differentiable in the rows (Cho et al. 2022)."""
     parts = rows.split(max(1, MAX_ATTENTION // len(codebook)))
-    call = (lambda f, *args: checkpoint(f, *args, use_reentrant=False)) if len(parts) > 1 else (lambda f, *args: f(*args))
+    call = _again if len(parts) > 1 else _once
     for _ in range(iterations):
         before = codebook
         total, mass = (sum(s) for s in zip(*(call(_sums, part, before, tau) for part in parts)))
@@ -62,19 +71,20 @@ def soft_assign(
 
 # %% ../nbs/25_dkm.ipynb #soft-weight
 class SoftWeight(nn.Module):
-    """The parametrization of DKM: in training each row is a mixture of centres, in evaluation its nearest centre (Cho et al. 2022).
+    """The parametrization of DKM (Cho et al. 2022).
 
-    The centres are a buffer that moves with each forward pass in training, as a batch statistic does.
+    In training each row is a mixture of centres, in evaluation its nearest centre. The centres are a buffer that moves
+    with each forward pass in training, as a batch statistic does.
     """
 
     def __init__(
         self,
         weight, # of the layer
-        plan, # its LayerPlan
-        temperature=0.5, # τ in units of the mean squared distance of a row to its centre after k-means
-        iterations=5, # of the fixed point, at most
-        tol=1e-4, # end when no centre moves by more
-        seed=0, # of the k-means
+        plan: dict, # its LayerPlan
+        temperature: float = 0.5, # τ in units of the mean squared distance of a row to its centre after k-means
+        iterations: int = 5, # of the fixed point, at most
+        tol: float = 1e-4, # end when no centre moves by more
+        seed: int = 0, # of the k-means
     ):
         super().__init__()
         found = cluster(weight, plan, seed=seed)
@@ -82,51 +92,64 @@ class SoftWeight(nn.Module):
         least = 1e-12 * float(rows.double().square().mean()) + 1e-30  # τ = 0 where every row is its own centre
         self.register_buffer("codebook", found.codebook.to(weight.device, weight.dtype))  # (k, d)
         self.register_buffer("tau", weight.new_tensor(max(temperature * found.inertia / len(rows), least)))
-        self.plan, self.iterations, self.tol = plan, iterations, tol
+        self.plan = plan
+        self.fixed_point = dict(iterations=iterations, tol=tol)
 
     def forward(self, weight):
         rows = to_rows(weight, self.plan.layout)  # (n, d)
-        if not self.training:
-            return from_rows(self.codebook[encode(rows, self.codebook)[0]], weight.shape, self.plan.layout)
-        with torch.autocast(weight.device.type, enabled=False):  # the softmax of large numbers is nothing for bfloat16
-            soft, codebook = soft_assign(rows, self.codebook.clone(), self.tau, iterations=self.iterations, tol=self.tol)
+        if self.training:
+            rows = self._mixed(rows)
+        else:
+            rows = self.codebook[encode(rows, self.codebook)[0]]
+        return from_rows(rows, weight.shape, self.plan.layout)
+
+    def _mixed(self, rows):  # (n, d) → (n, d); the centres move
+        with torch.autocast(rows.device.type, enabled=False):  # the softmax of large numbers is nothing for bfloat16
+            soft, codebook = soft_assign(rows, self.codebook.clone(), self.tau, **self.fixed_point)
         self.codebook.copy_(codebook.detach())
-        return from_rows(soft, weight.shape, self.plan.layout)
+        return soft
 
-
+# %% ../nbs/25_dkm.ipynb #soften
 def soften(
-    model, # the network; changed in place
-    plan, # {layer name: LayerPlan}, from `make_plan` or `dkm_plan`
+    model: nn.Module, # the network; changed in place
+    plan: dict, # {layer name: LayerPlan}, from `make_plan` or `dkm_plan`
     *,
-    temperature=0.5, # τ in units of each layer's mean squared distance of a row to its centre
-    iterations=5, # of the fixed point, at most
-    tol=1e-4, # end when no centre moves by more
-    seed=0, # of every layer's k-means
+    temperature: float = 0.5, # τ in units of each layer's mean squared distance of a row to its centre
+    iterations: int = 5, # of the fixed point, at most
+    tol: float = 1e-4, # end when no centre moves by more
+    seed: int = 0, # of every layer's k-means
 ):
     """Put DKM's soft assignment on the planned layers; train the network then as usual, and `harden` it.
 
-    Raises `ValueError` for a temperature or a number of iterations out of bounds, a plan with sparsity, and layers that `share` would refuse; the network is then unchanged.
+    Raises `ValueError` for a temperature or a number of iterations out of bounds, a plan with sparsity, and layers that
+    `share` would refuse; the network is then unchanged.
     """
+    _check_softening(plan, temperature, iterations)
+    layers = planned_layers(model, plan)
+    soft = {name: SoftWeight(m.weight, plan[name], temperature, iterations, tol, seed) for name, m in layers.items()}
+    for name, module in layers.items():
+        parametrize.register_parametrization(module, "weight", soft[name].train(module.training))
+
+# %% ../nbs/25_dkm.ipynb #check-softening
+def _check_softening(plan, temperature, iterations):
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} must be above 0")
     if iterations < 1:
         raise ValueError(f"iterations={iterations} must be at least 1")
-    if pinned := [name for name, p in plan.items() if p.sparsity]:
-        raise ValueError(f"sparsity={plan[pinned[0]].sparsity} of layer {pinned[0]!r} must be 0: DKM has no centre fixed at zero")
-    layers = planned_layers(model, plan)
-    soft = {name: SoftWeight(m.weight, plan[name], temperature, iterations, tol, seed).train(m.training) for name, m in layers.items()}
-    for name, module in layers.items():
-        parametrize.register_parametrization(module, "weight", soft[name])
+    for name, layer_plan in plan.items():
+        if layer_plan.sparsity:
+            must = "must be 0: DKM has no centre fixed at zero"
+            raise ValueError(f"sparsity={layer_plan.sparsity} of layer {name!r} {must}")
 
-
+# %% ../nbs/25_dkm.ipynb #harden
 def harden(
-    model, # a network that `soften` changed; changed in place
+    model: nn.Module, # a network that `soften` changed; changed in place
 ) -> SharingReport:
-    """Each soft row takes its nearest centre: the network is then a shared one, as after `share`. Centres that nobody takes are dropped.
+    """Each soft row takes its nearest centre: the network is then a shared one, as after `share`.
 
-    Raises `ValueError` where no layer is soft.
+    Centres that nobody takes are dropped. Raises `ValueError` where no layer is soft.
     """
-    soft = {name: m for name, m in model.named_modules() if parametrize.is_parametrized(m, "weight") and isinstance(m.parametrizations.weight[0], SoftWeight)}
+    soft = {name: module for name, module in model.named_modules() if _is_soft(module)}
     if not soft:
         raise ValueError("no layer of the network is soft; call soften(model, plan) first")
     report = SharingReport()
@@ -134,64 +157,81 @@ def harden(
         own = module.parametrizations.weight[0]
         _own_class(module)
         parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
-        codes, distances = encode(to_rows(module.weight.detach(), own.plan.layout), own.codebook)
-        used, codes = codes.unique(return_inverse=True)
-        clustering = Clustering(own.codebook[used], codes, float(distances.sum()), own.iterations)
+        clustering = _nearest(to_rows(module.weight.detach(), own.plan.layout), own)
         report.rows.append(_describe(name, module.weight, own.plan, clustering))
         share_layer(module, clustering, own.plan)
     return report
 
+# %% ../nbs/25_dkm.ipynb #is-soft
+def _is_soft(module):
+    return parametrize.is_parametrized(module, "weight") and isinstance(module.parametrizations.weight[0], SoftWeight)
 
+# %% ../nbs/25_dkm.ipynb #nearest
+def _nearest(rows, soft):  # the clustering of the rows by the centres that are in use
+    codes, distances = encode(rows, soft.codebook)
+    used, codes = codes.unique(return_inverse=True)
+    return Clustering(soft.codebook[used], codes, float(distances.sum()), soft.fixed_point["iterations"])
+
+# %% ../nbs/25_dkm.ipynb #dkm-plan
 def dkm_plan(
-    model, # the network
-    k, # clusters of the large layers
-    layout="scalar", # rows of the large layers
-    small=10_000, # layers with fewer weights get 256 clusters of single weights
+    model: nn.Module, # the network
+    k: int, # clusters of the large layers
+    layout: str = "scalar", # rows of the large layers
+    small: int = 10_000, # layers with fewer weights get 256 clusters of single weights
     **options, # of `make_plan`
 ) -> dict: # {layer name: LayerPlan}
     """The plan of Cho et al. 2022: one k and row length for all layers, but 8 bits a weight for small ones."""
-    plan, modules = make_plan(model, k=k, layout=layout, **options), dict(model.named_modules())
+    plan = make_plan(model, k=k, layout=layout, **options)
     eight_bits = make_plan(model, k=256, layout="scalar", **options)
-    return {name: eight_bits[name] if modules[name].weight.numel() < small else p for name, p in plan.items()}
+    few = [name for name in plan if model.get_submodule(name).weight.numel() < small]
+    return plan | {name: eight_bits[name] for name in few}
 
-# %% ../nbs/25_dkm.ipynb #deep-compression
+# %% ../nbs/25_dkm.ipynb #summed-weight
 class SummedWeight(SharedWeight):
     """A `SharedWeight` whose codebook receives the sum of its rows' gradients, not their mean (Han et al. 2016)."""
 
     def forward(self, codebook):  # (k, d) -> weight
-        return super().forward(codebook.detach() + (codebook - codebook.detach()) * self.counts.clamp(min=1).unsqueeze(1))
+        centred = codebook - codebook.detach()  # zero, but for its gradient
+        return super().forward(codebook.detach() + centred * self.counts.clamp(min=1).unsqueeze(1))
 
-
+# %% ../nbs/25_dkm.ipynb #grid
 def grid(
-    rows, # (n, 1) single weights
-    k, # number of centres
-    sparsity=0.0, # share of the weights, the smallest, whose centre is the first one, at zero
+    rows: torch.Tensor, # (n, 1) single weights
+    k: int, # number of centres
+    sparsity: float = 0.0, # share of the weights, the smallest, whose centre is the first one, at zero
 ) -> torch.Tensor: # (k, 1)
-    """Centres evenly over the range of the weights (Han et al. 2016, section 3.2), after a zero where some are pruned."""
+    """Centres evenly over the range of the weights, after a zero where some are pruned (Han et al. 2016, 3.2)."""
     if not sparsity:
         return torch.linspace(float(rows.min()), float(rows.max()), k, device=rows.device)[:, None]
     large = rows[rows.abs().flatten().argsort(stable=True)[round(sparsity * len(rows)):]]
-    return torch.cat([rows.new_zeros(1, 1), grid(large, k - 1)]) if k > 1 and len(large) else rows.new_zeros(k, 1)
+    if k == 1 or not len(large):
+        return rows.new_zeros(k, 1)
+    return torch.cat([rows.new_zeros(1, 1), grid(large, k - 1)])
 
-
+# %% ../nbs/25_dkm.ipynb #deep-compression
 def deep_compression(
-    model, # the network; changed in place
-    plan, # {layer name: LayerPlan} of layout "scalar"
+    model: nn.Module, # the network; changed in place
+    plan: dict, # {layer name: LayerPlan} of layout "scalar"
     *,
-    summed=True, # do the codebooks receive summed gradients, as in the paper? else their mean
+    summed: bool = True, # do the codebooks receive summed gradients, as in the paper? else their mean
 ) -> SharingReport:
-    """Share single weights by k-means from an even grid; training the network then trains its codebooks (Han et al. 2016).
+    """Share single weights by k-means from an even grid; training then trains the codebooks (Han et al. 2016).
 
     Raises `ValueError` for another layout and for layers that `share` would refuse; the network is then unchanged.
     """
     if wrong := [name for name, p in plan.items() if p.layout != "scalar"]:
         raise ValueError(f"layout={plan[wrong[0]].layout!r} of layer {wrong[0]!r} must be 'scalar'")
-    layers, found, report = planned_layers(model, plan), {}, SharingReport()
-    for name, module in layers.items():
-        rows, p = to_rows(module.weight.detach(), "scalar").float(), plan[name]  # (n, 1)
-        k = min(p.clusters(len(rows)), len(rows))
-        found[name] = kmeans(rows, k, init=grid(rows, k, p.sparsity), pinned_zero=p.sparsity, backend="torch" if len(rows) < 1000 else "auto")
+    layers, report = planned_layers(model, plan), SharingReport()
+    found = {name: _from_grid(module.weight, plan[name]) for name, module in layers.items()}
     for name, module in layers.items():
         report.rows.append(_describe(name, module.weight, plan[name], found[name]))
         share_layer(module, found[name], plan[name], SummedWeight if summed else SharedWeight)
     return report
+
+# %% ../nbs/25_dkm.ipynb #from-grid
+def _from_grid(weight, layer_plan):  # → Clustering
+    rows = to_rows(weight.detach(), "scalar").float()  # (n, 1)
+    k = min(layer_plan.clusters(len(rows)), len(rows))
+    start = grid(rows, k, layer_plan.sparsity)
+    backend = "torch" if len(rows) < 1000 else "auto"
+    return kmeans(rows, k, init=start, pinned_zero=layer_plan.sparsity, backend=backend)
