@@ -170,15 +170,19 @@ def pack_records(
 
 # %% ../nbs/30_experiments.ipynb #child
 _CHILD = """
-import json, logging, os, sys, threading
+import json, os, sys, threading
 threading.Thread(target=lambda: (sys.stdin.read(), os._exit(1)), daemon=True).start()
 import papermill
 notebook, executed, parameters, show = sys.argv[1:]
-if show:
-    logging.basicConfig(level="INFO", format="%(message)s")
+class Lines:  # stderr without bars, which only a terminal can draw
+    flush = sys.stderr.flush
+    def write(self, text):
+        if "\\r" not in text:
+            sys.stderr.write(text)
+shown = dict(stdout_file=sys.stdout, stderr_file=sys.stderr if sys.stderr.isatty() else Lines()) if show else {}
 for left in (2, 1, 0):
     try:
-        papermill.execute_notebook(notebook, executed, json.loads(parameters), progress_bar=False, log_output=bool(show))
+        papermill.execute_notebook(notebook, executed, json.loads(parameters), progress_bar=False, **shown)
         break
     except papermill.PapermillExecutionError as error:
         sys.exit(f"{error.ename}: {error.evalue}")

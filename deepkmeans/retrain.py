@@ -35,12 +35,13 @@ def heads(
     main = [named[name] for name in ("logits", "out") if name in named]
     if not found:
         given = f"shape {tuple(output.shape)}" if isinstance(output, torch.Tensor) else f"a {type(output).__name__}"
-        raise ValueError(f"the network returned {given}, must return logits (b, classes), or a tuple or dict that holds some")
+        wanted = "logits (b, classes), or a tuple or dict that holds some"
+        raise ValueError(f"the network returned {given}, must return {wanted}")
     return main + [logits for logits in found if not any(logits is m for m in main)]
 
 # %% ../nbs/04_retrain.ipynb #evaluate
 class Accuracy(NamedTuple):
-    """Shares of the images in percent whose class is the best guess, or among the best five; and the mean cross-entropy in nats."""
+    """How many percent of the images have their class as the best guess, or among the best five; mean cross-entropy in nats."""
     top1: float
     top5: float
     loss: float
@@ -74,13 +75,14 @@ def evaluate(
     *,
     amp: bool = False, # compute in bfloat16 where that is safe?
 ) -> Accuracy:
-    """Accuracy and loss of the model in eval mode over the whole loader; the mode of each module is put back afterwards.
+    """Accuracy and loss of the model in eval mode over the whole loader; each module gets its mode back afterwards.
 
     Raises `ValueError` for a loader without images.
     """
     device, modes = _device(model), _modes(model)
     model.eval()
-    sums = sum((_scores(model, x.to(device), y.to(device), amp) for x, y in loader), torch.zeros(4, dtype=torch.float64))
+    scores = (_scores(model, x.to(device), y.to(device), amp) for x, y in loader)
+    sums = sum(scores, torch.zeros(4, dtype=torch.float64))
     _restore(modes)
     if not sums[3]:
         raise ValueError("loader holds no images")
@@ -123,7 +125,7 @@ def distillation_loss(
     output, # of the student, see `heads`
     taught: torch.Tensor, # (b, classes) logits of the teacher
 ) -> torch.Tensor: # a scalar, in nats
-    """T·KL(teacher ‖ student) of outputs softened by T, mean over the images: its gradient is as large as the cross-entropy's."""
+    """T·KL(teacher ‖ student) of outputs softened by T, mean over the images: as large a gradient as the cross-entropy's."""
     student = F.log_softmax(heads(output)[0].float() / TEMPERATURE, 1)  # (b, classes)
     teacher = F.log_softmax(taught.float() / TEMPERATURE, 1)  # (b, classes)
     return TEMPERATURE * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
@@ -131,7 +133,8 @@ def distillation_loss(
 # %% ../nbs/04_retrain.ipynb #checkpoint
 def _optimizer_tensors(optimizer):
     return {f"{i}.{key}": torch.as_tensor(value)
-            for i, state in optimizer.state_dict()["state"].items() for key, value in state.items() if value is not None}
+            for i, state in optimizer.state_dict()["state"].items()
+            for key, value in state.items() if value is not None}
 
 
 def _load_optimizer(optimizer, tensors):
@@ -153,9 +156,10 @@ def _save_checkpoint(path, parts, history, settings):  # parts: {what: {name: te
 def _load_checkpoint(path, settings, device):  # {what: {name: tensor}}, history
     with safe_open(path, "pt", device=str(device)) as file:
         written = json.loads(file.metadata()["settings"])
-        for name in written if written != settings else ():
-            if written[name] != settings.get(name):
-                raise ValueError(f"checkpoint={str(path)!r} was written with other settings: {name}={written[name]!r}, not {settings.get(name)!r}")
+        for name, value in written.items():
+            if value != settings.get(name):
+                change = f"{name}={value!r}, not {settings.get(name)!r}"
+                raise ValueError(f"checkpoint={str(path)!r} was written with other settings: {change}")
         parts = {}
         for name in file.keys():
             what, _, rest = name.partition(".")
@@ -184,7 +188,8 @@ class _Step(NamedTuple):
         if self._hard():
             self.regularizer.step(done)
         right = (heads(output)[0].argmax(1) == y).sum()
-        return torch.stack([loss.detach() * len(y), penalty.detach() * len(y), right, right.new_tensor(len(y))]).double()
+        sums = [loss.detach() * len(y), penalty.detach() * len(y), right, right.new_tensor(len(y))]
+        return torch.stack(sums).double()
 
     def _hard(self):
         return self.regularizer is not None and self.regularizer.kind == "hard"
@@ -241,7 +246,8 @@ def _checked(model, loader, epochs, lr, schedule, regularizer):
 
 
 def _about(loader):  # what a loader says of its data
-    return dict(batches=len(loader), batch_size=getattr(loader, "batch_size", None), data=getattr(loader, "fingerprint", None))
+    size, data = (getattr(loader, name, None) for name in ("batch_size", "fingerprint"))
+    return dict(batches=len(loader), batch_size=size, data=data)
 
 
 def _begin_epoch(loader, epoch):  # order and augmentation of this library's loaders, and of samplers, depend on it
@@ -298,14 +304,14 @@ def train(
     """Train with SGD and momentum, under a regularizer where one is given, and return the history.
 
     A model in eval mode is put into training mode; in one that is training, modules that were set to eval stay so.
-    With `checkpoint`, a run that was killed goes on from its last epoch and ends bit for bit (on a CPU) where an uninterrupted one does.
-    Raises `ValueError` for bad settings, a regularizer of another model, or a checkpoint of other settings, plan or data,
-    `FloatingPointError` when the loss becomes NaN.
+    With `checkpoint`, a run that was killed goes on from its last epoch and ends, bit for bit on a CPU, where an
+    uninterrupted one does. Raises `ValueError` for bad settings, a regularizer of another model, or a checkpoint of
+    other settings, plan or data; `FloatingPointError` when the loss becomes NaN.
     """
     _checked(model, loader, epochs, lr, schedule, regularizer)
-    settings = dict(epochs=epochs, lr=float(lr), schedule=schedule, momentum=momentum, weight_decay=weight_decay, amp=amp,
-                    seed=seed, teacher=teacher is not None, loader=_about(loader),
-                    regularizer=regularizer.settings() if regularizer else None)
+    about = regularizer.settings() if regularizer else None
+    settings = dict(epochs=epochs, lr=float(lr), schedule=schedule, momentum=momentum, weight_decay=weight_decay,
+                    amp=amp, seed=seed, teacher=teacher is not None, loader=_about(loader), regularizer=about)
     optimizer = torch.optim.SGD(model.parameters(), lr=float(lr), momentum=momentum, weight_decay=weight_decay)
     history = _resume(checkpoint, settings, model, optimizer, regularizer)
     total = epochs * len(loader)
@@ -316,7 +322,8 @@ def train(
         module.eval()
     if not model.training:
         model.train()
-    with tqdm(total=total, initial=len(history) * len(loader), disable=not progress, mininterval=0.5) as bar, torch.random.fork_rng():
+    bar = tqdm(total=total, initial=len(history) * len(loader), disable=not progress, mininterval=0.5)
+    with bar, torch.random.fork_rng():
         for epoch in range(len(history), epochs):
             torch.manual_seed(seed + 1_000_003 * epoch)  # dropout; the global state is put back at the end
             _begin_epoch(loader, epoch)

@@ -44,7 +44,14 @@ def folder(tmp_path_factory):
     torch.save(net.state_dict(), folder / "lenet.pt")
     torch.save({"state_dict": net.state_dict(), "epoch": 3}, folder / "nested.pt")
     save_file({f"model.{k}": v for k, v in net.state_dict().items()} | {"momentum.0": torch.zeros(2)}, folder / "training.safetensors")
+    for word in ("module.", "_orig_mod.", "module._orig_mod."):
+        torch.save({f"{word}{k}": v for k, v in net.state_dict().items()}, folder / f"{word}pt")
+    for word in ("model", "net", "model_state_dict"):
+        torch.save({word: net.state_dict(), "optimizer": {"step": torch.tensor(3)}}, folder / f"{word}.pt")
+    torch.save({"model": {f"module.{k}": v for k, v in net.state_dict().items()}}, folder / "both.pt")
     torch.save(net, folder / "pickled.pt")
+    (folder / "text.pt").write_text("no weights at all")
+    (folder / "empty.pt").touch()
     (folder / "mine.py").write_text(MINE)
     return folder
 
@@ -61,7 +68,11 @@ def run(line, capsys):
     return code, out, err
 
 
-@pytest.mark.parametrize("checkpoint", ["lenet.safetensors", "lenet.pt", "nested.pt", "training.safetensors"])
+KINDS = ("lenet.safetensors", "lenet.pt", "nested.pt", "training.safetensors", "module.pt", "_orig_mod.pt", "module._orig_mod.pt", "model.pt", "net.pt",
+         "model_state_dict.pt", "both.pt")
+
+
+@pytest.mark.parametrize("checkpoint", KINDS)
 def test_compress_reads_every_kind_of_checkpoint(checkpoint, here, capsys):
     code, out, err = run(f"compress {checkpoint} --arch lenet5 --K 8 -o out.dkm --json", capsys)
     found = json.loads(out)
@@ -124,7 +135,9 @@ def test_energy_of_a_file_and_of_a_name(here, capsys):
 
 @pytest.mark.parametrize("line, message", [
     ("compress missing.pt --arch lenet5 --K 8 -o x.dkm", "checkpoint='missing.pt' is no file"),
-    ("compress pickled.pt --arch lenet5 --K 8 -o x.dkm", "nor a state dict that loads with weights_only"),
+    ("compress pickled.pt --arch lenet5 --K 8 -o x.dkm", "it holds Python objects, such as a whole network; save its state_dict()"),
+    ("compress text.pt --arch lenet5 --K 8 -o x.dkm", "neither torch nor safetensors wrote it"),
+    ("compress empty.pt --arch lenet5 --K 8 -o x.dkm", "neither torch nor safetensors wrote it"),
     ("compress lenet.pt --arch lenet6 --K 8 -o x.dkm", "must be one of lenet5"),
     ("compress lenet.pt --arch lenet5 --num-classes 7 --K 8 -o x.dkm", "'fc2.weight' is 10×500 in the file and 7×500"),
     ("compress lenet.pt --arch tt_conv_cnn --K 8 -o x.dkm", "'conv1_1.weight' is no such tensor in the file"),

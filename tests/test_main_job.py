@@ -83,13 +83,13 @@ def test_the_job_of_the_baselines_starts_from_a_checkpoint_too(two_runs, papermi
     assert stages["baseline"]["top1"] == two_runs[0][1]["stages"]["baseline"]["top1"] and set(stages) == {"baseline", "shared", "trained"}
 
 
-def test_a_target_ratio_lets_the_allocator_choose(two_runs, papermill, tmp_path):
+def test_without_a_size_it_ends_twenty_times_smaller(two_runs, papermill, tmp_path):
     (baseline,) = (two_runs[0][0].parent / "baselines").glob("*.safetensors")
-    done = papermill("nbs/retrain.ipynb", checkpoint=baseline, target_ratio=20, K=3, epochs=1, finetune_epochs=0, out=tmp_path, progress=False)
+    done = papermill("nbs/retrain.ipynb", checkpoint=baseline, epochs=1, finetune_epochs=0, out=tmp_path, progress=False)
     assert done.returncode == 0, done.stderr[-2000:]
     folder, record = only_run(tmp_path)
     assert abs(record["stages"]["shared"]["ratio"]["network"]["file"] / 20 - 1) < 0.01
-    assert len({layer["k_wanted"] for layer in record["layers"]}) > 1 and "K=3, rate=0 and sparsity=0 are ignored" in done.stdout
+    assert len({layer["k_wanted"] for layer in record["layers"]}) > 1 and "wanted: 20 times smaller on disk" in done.stdout
 
 
 @pytest.mark.parametrize("parameters, message", [
