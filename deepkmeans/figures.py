@@ -197,11 +197,13 @@ def _grid(kernels, columns):  # (count, h, w) -> one picture with gaps between t
 
 # %% ../nbs/31_figures.ipynb #frames
 def _frames(ax, kernels, columns):
+    from matplotlib.patches import Rectangle
+
     count, height, width = kernels.shape
     for i in range(count):
         corner = i % columns * (width + 1) - 0.5, i // columns * (height + 1) - 0.5
         frame = {"fill": False, "edgecolor": "0.5", "linewidth": 0.8, "clip_on": False}
-        ax.add_patch(type(ax.patch)(corner, width, height, **frame))
+        ax.add_patch(Rectangle(corner, width, height, **frame))
 
 # %% ../nbs/31_figures.ipynb #energy-figure
 def energy_figure(
