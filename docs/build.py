@@ -22,7 +22,7 @@ SECTIONS = {  # caption: patterns of its pages, in their order
     "Method": ["nbs/[013-9]*_*.ipynb"],
     "The paper": ["figures/README.md", "figures/networks/README.md", "nbs/paper/*.ipynb"],  # and every notebook of nbs/ that no section names
     "Baselines": ["nbs/2*_*.ipynb"],
-    "Reference": ["nbs/benchmarks*.ipynb", "api/index.md", "nbs/file_format.ipynb", "docs/*.md"],
+    "Reference": ["nbs/benchmarks*.ipynb", "api/index.md", "nbs/file_format.ipynb", "docs/*.md", "CHANGELOG.md"],
 }
 TITLES = {"nbs/index.ipynb": "Overview", "nbs/benchmarks.ipynb": "Benchmarks"}  # shorter in the navigation than on the page
 RESULTS_FIRST = ("nbs/paper/", "nbs/benchmarks", "nbs/tutorials/evidence")  # pages whose code is folded
@@ -244,8 +244,8 @@ def stage_pages(root, stage):
     gallery = stage / "figures" / "README.md"
     gallery.write_text(re.sub(r"\[(\w+\.md)\]\(\1\)", r"{download}`\1`", gallery.read_text()))  # Sphinx takes a link to Markdown for a page
     (stage / "docs").mkdir()
-    for path in (root / "docs").glob("*.md"):
-        (stage / "docs" / path.name).write_text(linked(path.read_text(), links))
+    for path in (*(root / "docs").glob("*.md"), root / "CHANGELOG.md"):
+        (stage / path.relative_to(root)).write_text(linked(path.read_text(), links))
     write_api(root, stage, api)
     front = linked((root / "README.md").read_text(), links)
     (stage / "index.md").write_text(f"{front}\n\n{navigation(stage)}\n")

@@ -76,8 +76,8 @@ def test_share_writes_down_pinned_rows_as_re_training_left_them():
     for name, layer in shared_layers(net).items():
         rows = to_rows(net.get_submodule(name).weight)
         assert torch.equal(net.get_submodule(name).weight, dense[name])
-        zero = (rows == 0).all(1)  # some stay where they are for doubt
-        assert torch.equal(zero, layer.codes.long() == 0) and abs(float(zero.float().mean()) - 0.4) < 0.1
+        zero = (rows == 0).all(1)
+        assert torch.equal(zero, layer.codes.long() == 0) and abs(float(zero.float().mean()) - 0.4) < 0.05
 
 
 def test_a_frozen_layer_is_shared_and_then_stays_as_it_is():
