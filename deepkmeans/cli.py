@@ -36,27 +36,30 @@ from .sharing import as_text, make_plan, share
 # %% ../nbs/40_cli.ipynb #network
 def _network(args): # → the network that the options --arch, --num-classes and --option name
     options = dict(map(_option, args.option))
+    ours = ":" not in args.arch or args.arch.startswith("torchvision:")
     try:
-        model = _own(args.arch, args.num_classes, options) if ":" in args.arch and not args.arch.startswith("torchvision:") else _known(args.arch, args.num_classes, options)
+        model = (_known if ours else _own)(args.arch, args.num_classes, options)
     except ValueError:
         raise
     except Exception as error:  # whatever a builder, or a module of the user's, makes of options that it does not know
-        raise ValueError(f"arch={args.arch!r} with {options or 'no option'} cannot be built: {type(error).__name__}: {error}") from None
+        said = f"{type(error).__name__}: {error}"
+        raise ValueError(f"arch={args.arch!r} with {options or 'no option'} cannot be built: {said}") from None
     if not isinstance(model, nn.Module):
         raise ValueError(f"arch={args.arch!r} makes a {type(model).__name__}, which is no network")
     return model
 
-
+# %% ../nbs/40_cli.ipynb #known
 def _known(name, num_classes, options):
     full = name if name in MODELS or ":" in name else f"torchvision:{name}"
     return build(full, num_classes or (10 if name in MODELS else 1000), **options)
 
-
+# %% ../nbs/40_cli.ipynb #own
 def _own(name, num_classes, options): # "module:function"
     module, _, function = name.partition(":")
+    classes = {"num_classes": num_classes} if num_classes else {}
     sys.path.insert(0, "")  # the present folder, as for `python -m`
     try:
-        return getattr(import_module(module), function)(**({"num_classes": num_classes} if num_classes else {}), **options)
+        return getattr(import_module(module), function)(**classes, **options)
     finally:
         sys.path.remove("")
 
@@ -77,44 +80,60 @@ def _compress(args): # → data, text
     images = _images(args, model) if args.data else None
     before = images and _accuracy(model, images)
     report = share(model, _plan(args, model), seed=args.seed, progress=_on_terminal())
-    size = save_compressed(model, args.output, codebook_dtype=args.codebook)
-    dense = int(compression(model, coding="file").dense_bits) // 8
-    data = dict(file=str(args.output), bytes=size, dense_bytes=dense, ratio=dense / size, layers=report.rows, skipped=report.skipped)
-    text = f"{report}\n\n{args.output}: {dense:,} → {size:,} bytes, {dense / size:.2f}× smaller"
+    data, text = _saved(args, model, report)
     if not images:
         return data, text
     after = _accuracy(load_compressed(args.output, _network(args), max_bytes=inf), images)
-    data |= dict(data=images.name, images=images.count, before=before._asdict(), after=after._asdict())
-    return data, f"{text}\n{images.name}: top-1 {before.top1:.2f} → {after.top1:.2f} %, top-5 {before.top5:.2f} → {after.top5:.2f} % of {images.count:,} images"
+    more, line = _before_and_after(images, before, after)
+    return data | more, f"{text}\n{line}"
 
+# %% ../nbs/40_cli.ipynb #saved
+def _saved(args, model, report): # → data, text
+    size = save_compressed(model, args.output, codebook_dtype=args.codebook)
+    dense = int(compression(model, coding="file").dense_bits) // 8
+    sizes = dict(file=str(args.output), bytes=size, dense_bytes=dense, ratio=dense / size)
+    text = f"{report}\n\n{args.output}: {dense:,} → {size:,} bytes, {dense / size:.2f}× smaller"
+    return sizes | dict(layers=report.rows, skipped=report.skipped), text
 
+# %% ../nbs/40_cli.ipynb #before-and-after
+def _before_and_after(images, before, after): # → data, text
+    data = dict(data=images.name, images=images.count, before=before._asdict(), after=after._asdict())
+    top1 = f"top-1 {before.top1:.2f} → {after.top1:.2f} %"
+    top5 = f"top-5 {before.top5:.2f} → {after.top5:.2f} %"
+    return data, f"{images.name}: {top1}, {top5} of {images.count:,} images"
+
+# %% ../nbs/40_cli.ipynb #plan
 def _plan(args, model):
     if args.plan is not None:
         return named_plan(args.plan, model)
-    common = dict(first=args.first, layout=args.layout, exclude=args.exclude) | ({"include": _kinds(args.include)} if args.include else {})
+    common = dict(first=args.first, layout=args.layout, exclude=args.exclude)
+    if args.include:
+        common["include"] = _kinds(args.include)
     if args.ratio is None:
         return make_plan(model, k=args.K, rate=args.rate, sparsity=args.sparsity, **common)
     if args.sparsity:
         raise ValueError(f"sparsity={args.sparsity} cannot be given with --ratio, which chooses it for each layer")
     return allocate(model, args.ratio, coding="file", seed=args.seed, progress=_on_terminal(), **common)
 
-
+# %% ../nbs/40_cli.ipynb #kinds
 def _kinds(names): # "Conv2d" → nn.Conv2d
-    for name in names:
-        if not (isinstance(getattr(nn, name, None), type) and issubclass(getattr(nn, name), nn.Module)):
+    found = tuple(getattr(nn, name, None) for name in names)
+    for name, kind in zip(names, found):
+        if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
             raise ValueError(f"include={name!r} must be a layer of torch.nn, such as Conv2d, ConvTranspose2d or Linear")
-    return tuple(getattr(nn, name) for name in names)
+    return found
 
-
+# %% ../nbs/40_cli.ipynb #on-terminal
 def _on_terminal(): # is a bar of use?
     return sys.stderr.isatty()
 
-# %% ../nbs/40_cli.ipynb #look
+# %% ../nbs/40_cli.ipynb #inspect
 def _inspect(args):
     report = inspect(args.file, max_bytes=args.max_bytes)
-    return dict(file=str(args.file), bytes=report.bytes, architecture=report.architecture, rows=report.rows), str(report)
+    data = dict(file=str(args.file), bytes=report.bytes, architecture=report.architecture, rows=report.rows)
+    return data, str(report)
 
-
+# %% ../nbs/40_cli.ipynb #decompress
 def _decompress(args):
     from safetensors.torch import save
 
@@ -122,7 +141,8 @@ def _decompress(args):
     state = decompress(args.file, max_bytes=args.max_bytes)
     content = save({name: tensor.clone() for name, tensor in state.items()})  # tied tensors apart
     write_file(args.output, content)
-    return dict(file=str(args.output), bytes=len(content), tensors=len(state)), f"{args.output}: {len(state)} tensors in {len(content):,} bytes"
+    text = f"{args.output}: {len(state)} tensors in {len(content):,} bytes"
+    return dict(file=str(args.output), bytes=len(content), tensors=len(state)), text
 
 # %% ../nbs/40_cli.ipynb #images
 class _Images(NamedTuple):
@@ -130,60 +150,79 @@ class _Images(NamedTuple):
     name: str
     count: int
 
-
+# %% ../nbs/40_cli.ipynb #images-code
 def _images(args, model): # the test images of --data, when they fit the network
     data = datasets.load(args.data, args.data_root, progress=_on_terminal())
-    named = getattr(model, "architecture", None)
-    if named and data.test.shape[0] != named.get("in_channels", 3):
-        raise ValueError(f"data={args.data!r} has images of {data.test.shape[0]} channels, but the network wants {named.get('in_channels', 3)}")
+    named, channels = getattr(model, "architecture", None), data.test.shape[0]
+    wanted = named.get("in_channels", 3) if named else channels
+    if channels != wanted:
+        raise ValueError(f"data={args.data!r} has images of {channels} channels, but the network wants {wanted}")
     loader = datasets.loaders(data, args.batch_size, test_batch_size=args.batch_size)[1]
     return _Images(loader, data.name, len(data.test))
 
-
+# %% ../nbs/40_cli.ipynb #accuracy
 def _accuracy(model, images):
+    loader = tqdm(images.loader, desc="evaluate", unit=" batches", disable=not _on_terminal(), leave=False)
     try:
-        return evaluate(model, tqdm(images.loader, desc="evaluate", unit=" batches", disable=not _on_terminal(), leave=False))
+        return evaluate(model, loader)
     except (RuntimeError, IndexError) as error:  # as torch says it, of layers or of labels beyond the outputs
         raise ValueError(f"the network does not take the images and labels of {images.name}: {error}") from None
 
-# %% ../nbs/40_cli.ipynb #measure
+# %% ../nbs/40_cli.ipynb #load
 def _load(args, path): # the network in a file; --arch says what it is where the file does not
     return load_compressed(path, _network(args) if args.arch else None, max_bytes=args.max_bytes)
 
-
+# %% ../nbs/40_cli.ipynb #evaluate
 def _evaluate(args):
     model = _load(args, args.file)
     images = _images(args, model)
     accuracy = _accuracy(model, images)
-    text = f"{args.file} on {images.name}: top-1 {accuracy.top1:.2f} %, top-5 {accuracy.top5:.2f} %, loss {accuracy.loss:.4f} over {images.count:,} images"
+    found = f"top-1 {accuracy.top1:.2f} %, top-5 {accuracy.top5:.2f} %, loss {accuracy.loss:.4f}"
+    text = f"{args.file} on {images.name}: {found} over {images.count:,} images"
     return dict(file=str(args.file), data=images.name, images=images.count, **accuracy._asdict()), text
 
-
-SIDES = {"lenet5": 28, "tt_conv_cnn": 32, "freshnet_cnn": 32, "wide_resnet": 32}  # pixels; 224 for the networks of ImageNet
+# %% ../nbs/40_cli.ipynb #energy
+SIDES = {"lenet5": 28, "tt_conv_cnn": 32, "freshnet_cnn": 32, "wide_resnet": 32}  # pixels; 224 for ImageNet's
 
 
 def _energy(args):
-    file = args.network if args.network and (Path(args.network).exists() or ("." in args.network and ":" not in args.network)) else None
+    file = args.network if _is_file(args.network) else None
     if (args.network is None) == (args.arch is None) and not file:
         raise ValueError("energy needs either a FILE or --arch")
-    args.arch = args.arch or (None if file else args.network)
+    if not file:
+        args.arch = args.arch or args.network
     model = _load(args, file) if file else _network(args)
+    report = energy(model, _input(args, model))
     named = getattr(model, "architecture", None)
-    if not named and not args.input:
+    totals = dict(macs=report.macs, full_adders=report.full_adders, total=report.total)
+    data = dict(network=named["name"] if named else args.arch, **totals, layers=list(report.rows))
+    return data, f"{report}\n\n{as_text(report.layers)}"
+
+# %% ../nbs/40_cli.ipynb #is-file
+def _is_file(network): # or the name of a network?
+    if not network:
+        return False
+    return Path(network).exists() or ("." in network and ":" not in network)
+
+# %% ../nbs/40_cli.ipynb #input
+def _input(args, model): # → (channels, height, width) of an image
+    if args.input:
+        return tuple(args.input)
+    named = getattr(model, "architecture", None)
+    if not named:
         raise ValueError("energy needs --input C H W for a network that is known by no name")
-    side = SIDES.get(named["name"], 224) if named else None
-    report = energy(model, tuple(args.input or (named.get("in_channels", 3), side, side)))
-    name = named["name"] if named else args.arch
-    return dict(network=name, macs=report.macs, full_adders=report.full_adders, total=report.total, layers=list(report.rows)), f"{report}\n\n{as_text(report.layers)}"
+    side = SIDES.get(named["name"], 224)
+    return named.get("in_channels", 3), side, side
 
-
+# %% ../nbs/40_cli.ipynb #reproduce
 def _reproduce(args):
     from deepkmeans.experiments import reproduce
 
     executed = reproduce(args.name, args.protocol, args.seeds, jobs=args.jobs, scheduler=args.scheduler)
-    return {name: str(path) for name, path in executed.items()}, "\n".join(f"{name}: {path}" for name, path in executed.items())
+    paths = {name: str(path) for name, path in executed.items()}
+    return paths, "\n".join(f"{name}: {path}" for name, path in paths.items())
 
-# %% ../nbs/40_cli.ipynb #parser
+# %% ../nbs/40_cli.ipynb #examples
 EXAMPLES = {
     "compress": """examples:
   deepkmeans compress lenet.safetensors --arch lenet5 --K 16 -o lenet.dkm
@@ -192,103 +231,148 @@ EXAMPLES = {
   deepkmeans compress mine.pt --arch my_networks:make_net --ratio 20 --data path/to/images -o mine.dkm""",
     "inspect": "example:\n  deepkmeans inspect lenet.dkm --json",
     "decompress": "example:\n  deepkmeans decompress lenet.dkm -o lenet.safetensors",
-    "evaluate": "examples:\n  deepkmeans evaluate lenet.dkm --data mnist --data-root ~/data\n  deepkmeans evaluate mine.dkm --arch my_networks:make_net --data path/to/images",
-    "energy": "examples:\n  deepkmeans energy lenet.dkm\n  deepkmeans energy resnet18 --input 3 224 224",
-    "reproduce": "examples (in a clone of the repository):\n  deepkmeans reproduce figure1 --protocol smoke\n  deepkmeans reproduce all --protocol cpu --seeds 3",
+    "evaluate": """examples:
+  deepkmeans evaluate lenet.dkm --data mnist --data-root ~/data
+  deepkmeans evaluate mine.dkm --arch my_networks:make_net --data path/to/images""",
+    "energy": """examples:
+  deepkmeans energy lenet.dkm
+  deepkmeans energy resnet18 --input 3 224 224""",
+    "reproduce": """examples (in a clone of the repository):
+  deepkmeans reproduce figure1 --protocol smoke
+  deepkmeans reproduce all --protocol cpu --seeds 3""",
 }
 
+# %% ../nbs/40_cli.ipynb #commands
+_EXIT_CODES = "Exit codes: 0 done, 1 it cannot be done, 2 wrong usage."
+_COMMANDS = {
+    "compress": "share the weights of a checkpoint and write a compressed file",
+    "inspect": "say what a compressed file holds and where its bytes go",
+    "decompress": "write the dense state dict of a compressed file as safetensors",
+    "evaluate": "measure the accuracy of a compressed network",
+    "energy": "estimate the energy of one forward pass",
+    "reproduce": "make a table or figure of the paper anew, with the runs that are missing",
+}
 
+# %% ../nbs/40_cli.ipynb #parser
 def _parser():
-    parser = argparse.ArgumentParser("deepkmeans", description="Compress convolutional networks by shared weights.",
-                                     epilog="deepkmeans COMMAND --help tells more, with examples. Exit codes: 0 done, 1 it cannot be done, 2 wrong usage.")
+    parser = argparse.ArgumentParser("deepkmeans", description="Compress convolutional networks by shared weights.")
+    parser.epilog = f"deepkmeans COMMAND --help tells more, with examples. {_EXIT_CODES}"
     parser.add_argument("--version", action="version", version=f"deepkmeans {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    _compress_options(_command(commands, "compress", _compress, "share the weights of a checkpoint and write a compressed file"))
-    _file(_command(commands, "inspect", _inspect, "say what a compressed file holds and where its bytes go"))
-    _output(_file(_command(commands, "decompress", _decompress, "write the dense state dict of a compressed file as safetensors")))
-    _data_options(_arch_options(_file(_command(commands, "evaluate", _evaluate, "measure the accuracy of a compressed network"))), required=True)
-    _energy_options(_command(commands, "energy", _energy, "estimate the energy of one forward pass"))
-    _reproduce_options(_command(commands, "reproduce", _reproduce, "make a table or figure of the paper anew, with the runs that are missing"))
+    _compress_options(_command(commands, "compress", _compress))
+    _file(_command(commands, "inspect", _inspect))
+    _output(_file(_command(commands, "decompress", _decompress)))
+    _data_options(_arch_options(_file(_command(commands, "evaluate", _evaluate))), required=True)
+    _energy_options(_command(commands, "energy", _energy))
+    _reproduce_options(_command(commands, "reproduce", _reproduce))
     return parser
 
-
-def _command(commands, name, run, what):
-    command = commands.add_parser(name, help=what, description=what.capitalize() + ".", epilog=EXAMPLES[name], formatter_class=argparse.RawDescriptionHelpFormatter)
+# %% ../nbs/40_cli.ipynb #command
+def _command(commands, name, run):
+    what = _COMMANDS[name]
+    texts = dict(help=what, description=what.capitalize() + ".", epilog=EXAMPLES[name])
+    command = commands.add_parser(name, **texts, formatter_class=argparse.RawDescriptionHelpFormatter)
     command.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     command.set_defaults(run=run)
     return command
 
-# %% ../nbs/40_cli.ipynb #options
+# %% ../nbs/40_cli.ipynb #file
 def _file(command):
     command.add_argument("file", metavar="FILE", help="a compressed file")
     return _limit(command)
 
-
+# %% ../nbs/40_cli.ipynb #limit
 def _limit(command):
-    command.add_argument("--max-bytes", type=_positive, default=MAX_BYTES, metavar="N", help=f"the most that a file may unpack to (default: {MAX_BYTES:,})")
+    what = f"the most that a file may unpack to (default: {MAX_BYTES:,})"
+    command.add_argument("--max-bytes", type=_positive, default=MAX_BYTES, metavar="N", help=what)
     return command
 
-
+# %% ../nbs/40_cli.ipynb #output
 def _output(command):
     command.add_argument("-o", "--output", required=True, metavar="OUT", type=_path, help="file to write")
     return command
 
-
+# %% ../nbs/40_cli.ipynb #arch-options
 def _arch_options(command, required=False):
-    command.add_argument("--arch", required=required, metavar="NAME",
-                         help=f"{', '.join(MODELS)}, a classifier of torchvision, such as resnet18 or torchvision:googlenet, or module:function for a network of your own")
-    command.add_argument("--num-classes", type=_positive, metavar="N", help="outputs of the network (default: 10 for ours, 1000 for torchvision's)")
-    command.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="an option of its builder, such as depth=16; may be repeated")
+    add = command.add_argument
+    classifier = "a classifier of torchvision, such as resnet18 or torchvision:googlenet"
+    names = f"{', '.join(MODELS)}, {classifier}, or module:function for a network of your own"
+    add("--arch", required=required, metavar="NAME", help=names)
+    classes = "outputs of the network (default: 10 for ours, 1000 for torchvision's)"
+    add("--num-classes", type=_positive, metavar="N", help=classes)
+    option = "an option of its builder, such as depth=16; may be repeated"
+    add("--option", action="append", default=[], metavar="NAME=VALUE", help=option)
     return command
 
-
+# %% ../nbs/40_cli.ipynb #data-options
 def _data_options(command, required=False):
-    command.add_argument("--data", required=required, help=f"one of {', '.join(datasets.NAMES)}, or the path of an image folder: its test images are classified")
-    command.add_argument("--data-root", metavar="DIR", help="folder of the data sets (default: $DEEPKMEANS_DATA)")
-    command.add_argument("--batch-size", type=_positive, default=500, metavar="N", help="images in a batch (default: 500)")
+    add = command.add_argument
+    images = f"one of {', '.join(datasets.NAMES)}, or the path of an image folder: its test images are classified"
+    add("--data", required=required, help=images)
+    add("--data-root", metavar="DIR", help="folder of the data sets (default: $DEEPKMEANS_DATA)")
+    add("--batch-size", type=_positive, default=500, metavar="N", help="images in a batch (default: 500)")
 
-
+# %% ../nbs/40_cli.ipynb #energy-options
 def _energy_options(command):
-    command.add_argument("network", nargs="?", metavar="FILE|NAME", help="a compressed file, or the name of a network as --arch takes it")
+    network = "a compressed file, or the name of a network as --arch takes it"
+    command.add_argument("network", nargs="?", metavar="FILE|NAME", help=network)
     _limit(_arch_options(command))
-    command.add_argument("--input", nargs=3, type=_positive, metavar=("C", "H", "W"), help="one image (default: what the network was made for)")
+    image = "one image (default: what the network was made for)"
+    command.add_argument("--input", nargs=3, type=_positive, metavar=("C", "H", "W"), help=image)
 
-
+# %% ../nbs/40_cli.ipynb #reproduce-options
 def _reproduce_options(command):
-    command.add_argument("name", metavar="NAME", help="a table or figure, a notebook of nbs/paper, or all")
-    command.add_argument("--protocol", default="cpu", help="smoke (seconds), cpu (minutes a run) or full (the paper's budget); default: cpu")
-    command.add_argument("--seeds", type=_positive, metavar="N", help="runs of each setting (default: 1 for smoke, else 3)")
-    command.add_argument("--jobs", type=_positive, default=2, metavar="N", help="processes at a time (default: 2)")
-    command.add_argument("--scheduler", default="", metavar="tcp://HOST:PORT", help="a Dask scheduler")
+    add = command.add_argument
+    add("name", metavar="NAME", help="a table or figure, a notebook of nbs/paper, or all")
+    protocols = "smoke (seconds), cpu (minutes a run) or full (the paper's budget); default: cpu"
+    add("--protocol", default="cpu", help=protocols)
+    add("--seeds", type=_positive, metavar="N", help="runs of each setting (default: 1 for smoke, else 3)")
+    add("--jobs", type=_positive, default=2, metavar="N", help="processes at a time (default: 2)")
+    add("--scheduler", default="", metavar="tcp://HOST:PORT", help="a Dask scheduler")
 
 # %% ../nbs/40_cli.ipynb #compress-options
 def _compress_options(command):
-    command.add_argument("model", metavar="MODEL", help="a checkpoint: safetensors, or a state dict that loads with weights_only=True")
+    checkpoint = "a checkpoint: safetensors, or a state dict that loads with weights_only=True"
+    command.add_argument("model", metavar="MODEL", help=checkpoint)
     _arch_options(command, required=True)
-    how = command.add_mutually_exclusive_group(required=True)
-    how.add_argument("--ratio", type=float, help="wanted compression ratio of the whole file; K is chosen for each layer")
-    how.add_argument("--K", type=_positive, help="clusters in each convolution")
-    how.add_argument("--rate", type=float, help="clusters in each convolution as a fraction of its rows")
-    how.add_argument("--plan", help="a plan by name, such as wrn-45")
-    command.add_argument("--first", type=_number, metavar="K", help="clusters of the first layer, or with a decimal point a fraction of its rows")
-    command.add_argument("--sparsity", type=float, default=0.0, metavar="P", help="fraction of rows that are set to zero (default: 0)")
-    command.add_argument("--layout", choices=LAYOUTS, default="row", help="what is clustered (default: row)")
-    command.add_argument("--include", action="append", metavar="TYPE",
-                         help="kinds of layers that are shared, as torch.nn names them: Conv2d, ConvTranspose2d, Linear; may be repeated (default: convolutions; with --ratio also linear layers)")
-    command.add_argument("--exclude", action="append", default=[], metavar="GLOB", help="layers that stay dense; may be repeated")
-    command.add_argument("--codebook", choices=[name for name in CODEBOOK_DTYPES if name], help="type of the codebooks in the file")
-    command.add_argument("--seed", type=int, default=0, help="seed of the clustering (default: 0)")
+    _size_options(command.add_mutually_exclusive_group(required=True))
+    _plan_options(command)
     _data_options(_output(command))
 
-# %% ../nbs/40_cli.ipynb #types
+# %% ../nbs/40_cli.ipynb #size-options
+def _size_options(group): # one of them
+    ratio = "wanted compression ratio of the whole file; K is chosen for each layer"
+    group.add_argument("--ratio", type=float, help=ratio)
+    group.add_argument("--K", type=_positive, help="clusters in each convolution")
+    group.add_argument("--rate", type=float, help="clusters in each convolution as a fraction of its rows")
+    group.add_argument("--plan", help="a plan by name, such as wrn-45")
+
+# %% ../nbs/40_cli.ipynb #plan-options
+def _plan_options(command):
+    add = command.add_argument
+    first = "clusters of the first layer, or with a decimal point a fraction of its rows"
+    add("--first", type=_number, metavar="K", help=first)
+    sparsity = "fraction of rows that are set to zero (default: 0)"
+    add("--sparsity", type=float, default=0.0, metavar="P", help=sparsity)
+    add("--layout", choices=LAYOUTS, default="row", help="what is clustered (default: row)")
+    default = "(default: convolutions; with --ratio also linear layers)"
+    kinds = "kinds of layers that are shared, as torch.nn names them: Conv2d, ConvTranspose2d, Linear"
+    add("--include", action="append", metavar="TYPE", help=f"{kinds}; may be repeated {default}")
+    dense = "layers that stay dense; may be repeated"
+    add("--exclude", action="append", default=[], metavar="GLOB", help=dense)
+    dtypes = [name for name in CODEBOOK_DTYPES if name]
+    add("--codebook", choices=dtypes, help="type of the codebooks in the file")
+    add("--seed", type=int, default=0, help="seed of the clustering (default: 0)")
+
+# %% ../nbs/40_cli.ipynb #positive
 def _positive(text):
     return _checked(text, int, lambda number: number >= 1, "a whole number of at least 1")
 
-
+# %% ../nbs/40_cli.ipynb #number
 def _number(text):
     return _checked(text, float if "." in text else int, lambda number: number > 0, "a number above 0")
 
-
+# %% ../nbs/40_cli.ipynb #checked
 def _checked(text, kind, fits, wanted):
     try:
         number = kind(text)
@@ -298,10 +382,11 @@ def _checked(text, kind, fits, wanted):
         raise argparse.ArgumentTypeError(f"{text!r} must be {wanted}")
     return number
 
-
+# %% ../nbs/40_cli.ipynb #path
 def _path(text):
     if text == "-":
-        raise argparse.ArgumentTypeError("'-' is no file, and nothing is written to the standard output (a file of that name: ./-)")
+        instead = "nothing is written to the standard output (a file of that name: ./-)"
+        raise argparse.ArgumentTypeError(f"'-' is no file, and {instead}")
     return Path(text)
 
 # %% ../nbs/40_cli.ipynb #print
@@ -320,14 +405,14 @@ def _print(text, stream): # what the stream's encoding lacks is replaced by what
     except BrokenPipeError:  # as in `deepkmeans inspect x.dkm | head`
         pass
 
-
+# %% ../nbs/40_cli.ipynb #flush
 def _flush(): # a reader that is gone, or a full disk, is no reason for a second message when Python ends
     try:
         sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
-
+# %% ../nbs/40_cli.ipynb #stop
 GRACE = 0.5  # seconds for cleaning up after Ctrl-C
 
 
@@ -339,9 +424,9 @@ def _stop(*_): # the handler of Ctrl-C
 
 # %% ../nbs/40_cli.ipynb #main
 def main(
-    argv=None, # the words after `deepkmeans`; None: those of this process, which Ctrl-C then ends at once
-) -> int: # 0: done; 1: it cannot be done, with one line on the standard error. Wrong usage exits with 2, Ctrl-C with 130
-    """The command `deepkmeans`."""
+    argv: list | None = None, # the words after `deepkmeans`; None: this process's, which Ctrl-C then ends at once
+) -> int: # 0: done; 1: it cannot be done, with one line on the standard error; 130: Ctrl-C
+    """The command `deepkmeans`. Wrong usage exits with 2."""
     if argv is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _stop)
     try:

@@ -88,7 +88,7 @@ def linked(text, links):  # `share` → a link to its page in the API, but for c
 def modules(root):  # {module: (notebook, [(cell, its definitions)])} in reading order
     found = {}
     for path in notebooks(root):
-        name = next((m[1] for c in cells(path) if (m := re.match(r"#\| *default_exp (\w+)", c["source"]))), "__init__")
+        name = next((m[1] for c in cells(path) if (m := re.match(r"#\| *default_exp ([\w.]+)", c["source"]))), "__init__")
         if name != "__init__":
             exported = [c for c in cells(path) if "export" in directives(c["source"])]
             found[name] = path, [(c, [n for n in ast.parse(c["source"]).body if is_public(n)]) for c in exported]

@@ -4,7 +4,7 @@ import copy
 import pytest
 import torch
 
-from deepkmeans.car import remove_filters
+from deepkmeans.baselines.car import remove_filters
 from deepkmeans.models import build
 
 
