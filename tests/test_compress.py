@@ -78,7 +78,7 @@ def test_what_stays_dense_is_said_and_modes_stay(dense):
     net = copy.deepcopy(dense)
     net[3].train()
     outcome = dk.compress(net, 1.5, exclude=["6"], progress=False)
-    assert outcome.skipped["6"] == "excluded by '6'" and "not shared: 6 (excluded by '6')" in str(outcome)
+    assert set(outcome.skipped) == {"6"} and "not shared: 6 (" in str(outcome)
     assert torch.equal(net[6].weight, dense[6].weight) and isinstance(net[2].parametrizations.weight[0], dk.SharedWeight)
     assert net[3].training and not net[2].training and set(outcome.layers.index) == {"0", "2"}
 
