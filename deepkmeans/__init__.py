@@ -22,6 +22,7 @@ from deepkmeans.baselines.hashing import fresh_net, hashed_net
 from deepkmeans.kmeans import Clustering, KMeans, decode, encode, kmeans
 from deepkmeans.baselines.lowrank import bayesian_ranks, evbmf, random_dictionary, separable, tucker
 from deepkmeans.models import alexnet, build, freshnet_cnn, googlenet, googlenet_64, lenet5, load_weights, tt_conv_cnn, wide_resnet
+from deepkmeans.pipeline import Outcome, bits_for_ratio, compress
 from deepkmeans.regularizer import Regularizer
 from deepkmeans.retrain import Accuracy, evaluate, train
 from deepkmeans.rows import from_rows, to_rows

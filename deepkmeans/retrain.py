@@ -60,33 +60,39 @@ def _restore(modes):
         module.training = training
 
 # %% ../nbs/04_retrain.ipynb #evaluate-scores
-def _scores(model, x, y, amp):  # how often right at once, right among five, summed loss, images: (4,)
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
-        logits = heads(model(x))[0].float()  # (b, classes)
+def _scores(output, y):  # how often right at once, how often right among five, and the summed loss: (3,)
+    logits = heads(output)[0].float()  # (b, classes)
     best = logits.topk(min(5, logits.shape[1])).indices == y[:, None]  # (b, 5)
-    loss = F.cross_entropy(logits, y, reduction="sum")
-    return torch.stack([best[:, 0].sum(), best.sum(), loss, loss.new_tensor(len(y))]).double().cpu()
+    return torch.stack([best[:, 0].sum(), best.sum(), F.cross_entropy(logits, y, reduction="sum")])
 
 # %% ../nbs/04_retrain.ipynb #evaluate-loader
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, # a classifier: images → logits (b, classes)
+    model: nn.Module, # a classifier: images → logits (b, classes); with a `metric`, any network
     loader, # iterable of (images, labels)
     *,
+    metric=None, # (output, labels) → the score of a batch, summed over its images; None: accuracy and loss
     amp: bool = False, # compute in bfloat16 where that is safe?
-) -> Accuracy:
+) -> Accuracy: # with a `metric`, its mean over the images, a float
     """Accuracy and loss of the model in eval mode over the whole loader; each module gets its mode back afterwards.
 
     Raises `ValueError` for a loader without images.
     """
     device, modes = _device(model), _modes(model)
     model.eval()
-    scores = (_scores(model, x.to(device), y.to(device), amp) for x, y in loader)
-    sums = sum(scores, torch.zeros(4, dtype=torch.float64))
+    images, total = 0, 0.0
+    for x, y in loader:
+        x, y = x.to(device), y.to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            output = model(x)
+        total = total + torch.as_tensor((metric or _scores)(output, y)).double().cpu()
+        images += len(y)
     _restore(modes)
-    if not sums[3]:
+    if not images:
         raise ValueError("loader holds no images")
-    top1, top5, loss = (sums[:3] / sums[3]).tolist()
+    if metric:
+        return float(total / images)
+    top1, top5, loss = (total / images).tolist()
     return Accuracy(100 * top1, 100 * top5, loss)
 
 # %% ../nbs/04_retrain.ipynb #schedules
