@@ -203,7 +203,7 @@ def pack_records(
     lines = [json.dumps(record, sort_keys=True) + "\n" for record in records]
     write_file(path, "".join(lines).encode())
 
-# %% ../nbs/30_experiments.ipynb #child
+# %% ../nbs/30_experiments.ipynb #child-script
 _CHILD = """
 import json, os, sys, threading
 threading.Thread(target=lambda: (sys.stdin.read(), os._exit(1)), daemon=True).start()
@@ -245,7 +245,7 @@ def execute(
         code = _child(words, file)
     return _failure(code, log.read_text())
 
-# %% ../nbs/30_experiments.ipynb #child-process
+# %% ../nbs/30_experiments.ipynb #child
 def _child(words, log):  # the exit code
     said = dict(stdout=log, stderr=subprocess.STDOUT) if log else {}
     command = [sys.executable, "-c", _CHILD, *words]
@@ -261,7 +261,7 @@ def _failure(code, said):  # the last line that a child said, where it knew why 
     lines = said.strip().splitlines()
     return lines[-1] if lines and code == 1 else f"exit code {code}"
 
-# %% ../nbs/30_experiments.ipynb #wanted
+# %% ../nbs/30_experiments.ipynb #notebook-parameters
 def notebook_parameters(
     notebook, # path of a papermill notebook
 ) -> dict: # {name: default}
@@ -291,7 +291,7 @@ def lookup(
     """
     return _lookup(notebook_parameters(notebook), suite, stores)
 
-# %% ../nbs/30_experiments.ipynb #lookup-in
+# %% ../nbs/30_experiments.ipynb #lookup-found
 def _lookup(defaults, suite, stores):
     wanted = [run_id(_complete(defaults, parameters)) for parameters in suite]
     found = {}
@@ -438,7 +438,7 @@ def paper_numbers(
     with (folder / f"{name}.csv").open() as file:
         return pd.read_csv(file)
 
-# %% ../nbs/30_experiments.ipynb #reproduce
+# %% ../nbs/30_experiments.ipynb #repository
 def repository(
     start=".", # a folder in a clone of the repository
 ) -> Path: # its root
@@ -493,7 +493,7 @@ def _paper_notebooks(root, name):  # {stem: path} of one notebook, or of all
         raise UserError(f"name={name!r} must be one of all, {', '.join([*REPRODUCIBLE, *notebooks])}")
     return {stem: notebooks[stem]}
 
-# %% ../nbs/30_experiments.ipynb #reproduce-one
+# %% ../nbs/30_experiments.ipynb #reproduce
 def reproduce(
     name, # one of REPRODUCIBLE, a notebook of nbs/paper without its ending, or "all"
     protocol="cpu", # "smoke" (seconds, embedded data), "cpu" (minutes a run), "full" (the paper's budget)
