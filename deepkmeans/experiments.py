@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PLACES', 'NETWORKS', 'PROTOCOLS', 'REPRODUCIBLE', 'UserError', 'user_errors', 'given_parameters', 'run_id',
-           'baseline_file', 'environment', 'save_record', 'read_records', 'pack_records', 'execute',
+           'baseline_file', 'environment', 'save_record', 'read_records', 'pack_records', 'keep_records', 'execute',
            'notebook_parameters', 'lookup', 'collect', 'run', 'paper_numbers', 'repository', 'budget', 'figure_path',
            'reproduce']
 
@@ -202,6 +202,16 @@ def pack_records(
     """Write records as JSON lines, one a run: what is committed beside a table."""
     lines = [json.dumps(record, sort_keys=True) + "\n" for record in records]
     write_file(path, "".join(lines).encode())
+
+# %% ../nbs/30_experiments.ipynb #keep-records
+def keep_records(
+    records, # with their ids
+    path, # file of records in JSON lines; made when missing
+):
+    """Put records into a file, in place of those with the same ids; others, as of more seeds, stay behind them."""
+    ids = {record["id"] for record in records}
+    others = [record for record in read_records(path) if record.get("id") not in ids]
+    pack_records([*records, *others], path)
 
 # %% ../nbs/30_experiments.ipynb #child-script
 _CHILD = """

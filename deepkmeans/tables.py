@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import stdev
 from typing import NamedTuple
 
-from .experiments import figure_path, lookup, pack_records, paper_numbers, repository, run
+from .experiments import figure_path, keep_records, lookup, paper_numbers, repository, run
 
 # %% ../nbs/32_tables.ipynb #row
 class Row(NamedTuple):
@@ -200,7 +200,7 @@ def make_runs(
         found += lookup(job, suite, [given["out"], *table.known])
     made = [record for record in found if record]
     if given["save"] and made:
-        pack_records(made, table.path("records"))
+        keep_records(made, table.path("records"))
     print(f"{len(made)} of {len(found)} runs are there")
     return made
 
@@ -218,17 +218,17 @@ def compared(
 # %% ../nbs/32_tables.ipynb #setting
 def setting(
     network, # in words
-    records, # of a table
-) -> str: # network, data, baseline
+    frame, # as `compared` gives it
+    records, # of the table
+) -> str: # network, data, mean baseline of the lines
     """What a table was measured on, as the README says it: "FreshNet-CNN, cifar10-jpeg, 75.2 %"."""
-    by_seed = {record["parameters"]["seed"]: record["stages"]["baseline"]["top1"] for record in records}
-    mean = sum(by_seed.values()) / len(by_seed)
-    return f"{network}, {records[0]['dataset']['name']}, {mean:.1f} %"
+    return f"{network}, {records[0]['dataset']['name']}, {frame.baseline.mean():.1f} %"
 
 # %% ../nbs/32_tables.ipynb #caption
 def caption(
     table, # a `Table`
     network, # in words
+    frame, # as `compared` gives it
     records, # of the table
 ) -> str:
     """The lines above a table: network, data and baseline, ours and the paper's, and the command."""
@@ -240,7 +240,7 @@ def caption(
         return command
     data = records[0]["dataset"]
     images = f"{data['train']:,} training and {data['test']:,} test images, fingerprint {data['fingerprint']}"
-    return f"{setting(network, records)} top-1 ({images}{paper})\n{command}"
+    return f"{setting(network, frame, records)} top-1 ({images}{paper})\n{command}"
 
 # %% ../nbs/32_tables.ipynb #shown
 RATIOS = {
