@@ -1,5 +1,6 @@
 """The store and the runner under rough treatment, on Dask, and behind the notebooks of the paper."""
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -7,7 +8,9 @@ import time
 
 import pytest
 
+import deepkmeans as dk
 from deepkmeans import experiments as ex
+from deepkmeans import gallery, tables
 
 QUICK = dict(data="digits", baseline_epochs=2, epochs=3)
 SUITE = [{**QUICK, "method": "deep-k-means", "layer": "conv1", "sizes": [k]} for k in (2, 4, 8)]
@@ -129,15 +132,64 @@ def test_committed_records_are_found_by_their_suites(root):
 def test_the_gallery_is_the_generated_one(root, tmp_path):
     committed = (root / "figures" / "README.md").read_text()
     try:
-        assert ex.gallery(root).read_text() == committed
+        assert gallery.write_gallery(root).read_text() == committed
     finally:
         (root / "figures" / "README.md").write_text(committed)
 
 
-def test_the_gallery_knows_where_the_benchmark_comes_from(root):
-    (section,) = [part for part in (root / "figures" / "README.md").read_text().split("\n## ") if part.startswith("The engine against its peers")]
-    for name in ("benchmarks_cpu.csv", "benchmarks_cpu.png", "benchmarks_memory_cpu.csv", "benchmarks_networks_cpu.csv"):
-        assert f"({name})" in section
+def test_each_file_is_declared_by_one_notebook_and_its_command_names_one(root):
+    known = {**ex.REPRODUCIBLE, **{path.stem: path.stem for path in (root / "nbs" / "paper").glob("*.ipynb")}}
+    for path, writers in gallery.origins(root).items():
+        assert len(writers) == 1, f"{path.name} is declared by {writers or 'no notebook'}"
+        notebook, command = writers[0]
+        assert (root / notebook).is_file()
+        words = command.split()
+        if words[:2] == ["deepkmeans", "reproduce"]:
+            assert words[2] in known and words[3:] in ([], *(["--protocol", p] for p in ex.PROTOCOLS)), command
+        elif "papermill" in words:
+            run = words[words.index("papermill") + 1:]
+            names = [run[i + 1] for i, word in enumerate(run) if word == "-p"]
+            assert set(names) <= set(ex.notebook_parameters(root / run[0])), command
+
+
+def test_the_gallery_names_the_commands_of_what_no_table_makes(root):
+    commands = {path.name: command for path, ((_, command),) in gallery.origins(root).items()}
+    assert commands["file_size.csv"] == "deepkmeans reproduce file_size"
+    assert commands["energy_reference_nn_dataflow.csv"] == "deepkmeans reproduce energy_verification"
+    assert commands["benchmarks_memory_cpu.csv"] == "make bench DEVICE=cpu"
+    (record,) = ex.read_records(root / "figures" / "sws_lenet5.jsonl")
+    words = commands["sws_lenet5.jsonl"].split()
+    given = {words[i + 1]: words[i + 2] for i, word in enumerate(words) if word == "-p"}
+    asked = ex.notebook_parameters(root / "nbs" / "baseline.ipynb") | {k: type(record["parameters"].get(k, ""))(v) for k, v in given.items()}
+    assert ex.run_id(asked) == ex.run_id(ex.notebook_parameters(root / "nbs" / "baseline.ipynb") | record["parameters"])
+
+
+def test_a_table_is_drawn_from_the_committed_records_alone(root, tmp_path):
+    """In a copy of the repository: the notebook writes what it declares, nothing else, and makes no run."""
+    clone = tmp_path / "clone"
+    shutil.copytree(root / "nbs", clone / "nbs")
+    (clone / "figures").mkdir()
+    (clone / "README.md").write_text((root / "README.md").read_text())
+    for name in ("table3_wide_resnet_full.jsonl", "table3_wide_resnet_full.csv"):
+        shutil.copy(root / "figures" / name, clone / "figures")
+    before = stamps(clone / "figures")
+    given = dict(protocol="full", save=True, out=str(tmp_path / "empty"), root=str(clone))
+    assert ex.execute(clone / "nbs" / "paper" / "table3_wide_resnet.ipynb", tmp_path / "table3.ipynb", given) == ""
+    assert not (tmp_path / "empty").exists()
+    after = stamps(clone / "figures")
+    written = {path.name for path in after if after[path] != before.get(path)}
+    assert written == {f"table3_wide_resnet_full.{ending}" for ending in ("csv", "jsonl", "png")} | {"README.md"}
+    lines = (clone / "figures" / "table3_wide_resnet_full.csv").read_text().splitlines()
+    committed = (root / "figures" / "table3_wide_resnet_full.csv").read_text().splitlines()
+    assert lines == committed and lines[0].endswith(",run")
+
+
+def test_again_leaves_the_committed_records_out(root, tmp_path):
+    rows = [tables.Row("WR", 45, "retrain", dict(model="lenet5"), "wr")]
+    given = dict(protocol="cpu", execute=False, save=False, again=False, seeds=1, out=str(tmp_path), root=str(root))
+    files = dict(records="table3_wide_resnet_{protocol}.jsonl")
+    assert tables.Table(3, files, rows, given).known == [root / "figures" / "table3_wide_resnet_cpu.jsonl"]
+    assert tables.Table(3, files, rows, given | dict(again=True)).known == []
 
 
 def _painted(folder, colour):
