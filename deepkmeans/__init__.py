@@ -12,20 +12,14 @@ __version__ = "0.1.0"
 from deepkmeans.accounting import CompressionReport, compression
 from deepkmeans.codec import CompressedFileError, FileReport, decompress, inspect, load_compressed, save_compressed
 from deepkmeans.data import Data, Loader, load, loaders, subset
-from deepkmeans.baselines.dkm import deep_compression, dkm_plan, harden, soft_assign, soften
 from deepkmeans.energy import EnergyReport, energy, full_adders
 from deepkmeans.allocate import NAMED_PLANS, allocate, fisher, layer_curves, named_plan
 from deepkmeans.export import to_onnx
-from deepkmeans.baselines.car import greedy, reductions, remove_filters
 from deepkmeans.experiments import collect, paper_numbers, reproduce, run
-from deepkmeans.baselines.hashing import fresh_net, hashed_net
 from deepkmeans.kmeans import Clustering, KMeans, decode, encode, kmeans
-from deepkmeans.baselines.lowrank import bayesian_ranks, evbmf, random_dictionary, separable, tucker
 from deepkmeans.models import alexnet, build, freshnet_cnn, googlenet, googlenet_64, lenet5, load_weights, tt_conv_cnn, wide_resnet
 from deepkmeans.pipeline import Outcome, bits_for_ratio, compress
 from deepkmeans.regularizer import Regularizer
 from deepkmeans.retrain import Accuracy, evaluate, train
 from deepkmeans.rows import from_rows, to_rows
 from deepkmeans.sharing import LayerPlan, SharedWeight, SharingReport, make_plan, share, unshare
-from deepkmeans.baselines.sws import Mixture, merged, quantise, train_soft
-from deepkmeans.baselines.tensor_train import tensorize

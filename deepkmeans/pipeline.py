@@ -33,7 +33,7 @@ def bits_for_ratio(
 # %% ../nbs/13_compress.ipynb #outcome
 @dataclass(frozen=True)
 class Outcome:
-    """What `compress` did: the plan, what each layer got, the size on disk, the history of re-training, and the accuracy before and after where it was measured."""
+    """What `compress` did: plan, what each layer got, size on disk, history of re-training, accuracy where measured."""
     wanted: float
     plan: Plan
     sharing: SharingReport
@@ -48,7 +48,7 @@ class Outcome:
         return self.size.ratio
 
     @property
-    def bytes(self) -> int:
+    def bytes_on_disk(self) -> int:
         """The size of the file that `save_compressed` writes."""
         return round(self.size.bits / 8)
 
@@ -63,7 +63,8 @@ class Outcome:
         return self.sharing.skipped
 
     def __str__(self):
-        size = f"{self.ratio:.2f}× smaller on disk ({self.wanted:g} wanted): {self.size.dense_bits / 8:,.0f} → {self.bytes:,} bytes"
+        dense = f"{self.size.dense_bits / 8:,.0f}"
+        size = f"{self.ratio:.2f}× smaller on disk ({self.wanted:g} wanted): {dense} → {self.bytes_on_disk:,} bytes"
         accuracy = f"\ntop-1 {self.before.top1:.2f} → {self.after.top1:.2f} %" if self.before else ""
         return f"{self.sharing}\n{size}{accuracy}"
 
@@ -77,10 +78,11 @@ def _check(model, ratio, loader, epochs, lr, schedule):
         raise ValueError(f"epochs={epochs} needs a loader of (images, labels) to train on")
     _checked(model, loader, epochs, lr, schedule, None)
 
-
+# %% ../nbs/13_compress.ipynb #all-or-nothing
 @contextmanager
-def _all_or_nothing(model):  # weights and buffers after an error, or Ctrl-C, are those from before; modes are in any case
-    before, modes = deepcopy(model.state_dict()), _modes(model)
+def _all_or_nothing(model):  # after an error, or Ctrl-C, weights and buffers are those from before; modes always are
+    before = deepcopy(model.state_dict())
+    modes = _modes(model)
     try:
         yield
     except BaseException:
@@ -91,17 +93,22 @@ def _all_or_nothing(model):  # weights and buffers after an error, or Ctrl-C, ar
 
 # %% ../nbs/13_compress.ipynb #retrained
 def _retrained(model, plan, ratio, loader, distill, seed, backend, **training):  # → history, codes
-    as_planned, teacher = deepcopy(model), deepcopy(model) if distill else None
+    as_planned = deepcopy(model)
+    teacher = deepcopy(model) if distill else None
     share(as_planned, plan, seed=seed, backend=backend)
     regularizer = Regularizer(model, plan, bits=bits_for_ratio(as_planned, ratio), seed=seed, backend=backend)
     history = train(model, loader, regularizer=regularizer, teacher=teacher, seed=seed, **training)
     return history, regularizer.codes()
 
+# %% ../nbs/13_compress.ipynb #accuracy
+def _accuracy(model, loader, amp):  # None without a loader
+    return None if loader is None else evaluate(model, loader, amp=amp)
+
 # %% ../nbs/13_compress.ipynb #compress
 def compress(
     model: nn.Module, # a dense network; changed in place
     ratio: float, # wanted: bytes of the dense tensors over bytes of the file, above 1
-    loader=None, # iterable of (images, labels), which says how much each weight matters and is trained on; None: the weights' own energy says it
+    loader=None, # iterable of (images, labels) to weigh the layers by and to train on; None: weights' energy weighs
     epochs: int = 0, # passes of re-training over the loader; 0: the network is shared as it is
     *,
     test_loader=None, # iterable of (images, labels) for the accuracy before and after; None: not measured
@@ -113,7 +120,7 @@ def compress(
     distill: bool = False, # does the dense network teach, beside the labels?
     amp: bool = False, # compute in bfloat16 where that is safe?
     checkpoint=None, # file to resume re-training from when it exists, and to write after each epoch
-    first: int | float | None = None, # the least clusters of the first layer: a k (int) or a rate (float); nothing is pinned there
+    first: int | float | None = None, # least clusters of the first layer: a k (int) or a rate (float), nothing pinned
     last: int | float | None = None, # likewise for the last
     layout: str = "row", # what a row is, one of `rows.LAYOUTS`
     sparsity: bool = True, # may rows be pinned at zero?
@@ -124,19 +131,23 @@ def compress(
     backend: str = "auto", # back end of the k-means
     progress: bool = True, # show progress bars?
 ) -> Outcome:
-    """Share the weights of a network so that its file is `ratio` times smaller, after re-training it where there are a loader and epochs.
+    """Share the weights of a network so that its file is `ratio` times smaller; re-train it where there are epochs.
 
-    Write the file with `save_compressed(model, path)`. Raises `ValueError` for a bad argument, a ratio out of reach (its message names the bound) and as `allocate` does,
-    `FloatingPointError` when training diverges; the network is then as it was.
+    Write the file with `save_compressed(model, path)`. Raises `ValueError` for a bad argument, a ratio out of
+    reach (its message names the bound) and as `allocate` does, `FloatingPointError` when training diverges; the
+    network is then as it was.
     """
     _check(model, ratio, loader, epochs, lr, schedule)
-    plan = allocate(model, ratio, loader, first=first, last=last, layout=layout, sparsity=sparsity, include=include, exclude=exclude, images=images,
-                    seed=seed, backend=backend, progress=progress)
-    accuracy = lambda: None if test_loader is None else evaluate(model, test_loader, amp=amp)
-    before, history, codes = accuracy(), [], None
+    common = dict(seed=seed, backend=backend, progress=progress)
+    plan = allocate(model, ratio, loader, first=first, last=last, layout=layout, sparsity=sparsity,
+                    include=include, exclude=exclude, images=images, **common)
+    before = _accuracy(model, test_loader, amp)
+    history, codes = [], None
     with _all_or_nothing(model):
         if epochs:
-            history, codes = _retrained(model, plan, ratio, loader, distill, seed, backend, epochs=epochs, lr=lr, loss=loss, schedule=schedule,
-                                        momentum=momentum, weight_decay=weight_decay, amp=amp, checkpoint=checkpoint, progress=progress)
-        sharing = share(model, plan, codes=codes, seed=seed, backend=backend, progress=progress)
-    return Outcome(ratio, plan, sharing, compression(model), history, before, accuracy())
+            training = dict(epochs=epochs, lr=lr, loss=loss, schedule=schedule, momentum=momentum, amp=amp,
+                            weight_decay=weight_decay, checkpoint=checkpoint, progress=progress)
+            history, codes = _retrained(model, plan, ratio, loader, distill, seed, backend, **training)
+        sharing = share(model, plan, codes=codes, **common)
+    after = _accuracy(model, test_loader, amp)
+    return Outcome(ratio, plan, sharing, compression(model), history, before, after)

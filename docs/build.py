@@ -199,7 +199,7 @@ def write_api(root, stage, links):
 
 API = """# API
 
-All of these come with `import deepkmeans as dk`. Every wrong argument is a `ValueError` that names the argument, its value and the bound.
+All of these come with `import deepkmeans as dk`, but for the baselines: `from deepkmeans.baselines.car import greedy`. Every wrong argument is a `ValueError` that names the argument, its value and the bound.
 
 | name | module | |
 |---|---|---|
@@ -217,10 +217,18 @@ def chapter_links(root):  # {name of a notebook: a link to its page}
     return {p.stem: f"[`{p.stem}`](/{p.relative_to(root).as_posix()})" for p in notebooks(root) if p.stem != "index"}
 
 
-def api_links(root):  # {name: a link to its entry} of all that the package itself offers
+def api_links(root):  # {name: a link to its entry} of all that the package itself and the baselines offer
     text = (root / "deepkmeans" / "__init__.py").read_text()
-    imported = [(n.module, a.name) for n in ast.parse(text).body if isinstance(n, ast.ImportFrom) for a in n.names]
-    return {name: f"{{py:obj}}`{name} <{module}.{name}>`" for module, name in imported}
+    offered = [(n.module, a.name) for n in ast.parse(text).body if isinstance(n, ast.ImportFrom) for a in n.names]
+    for path in sorted((root / "deepkmeans" / "baselines").glob("[!_]*.py")):
+        offered += [(f"deepkmeans.baselines.{path.stem}", name) for name in public_names(path)]
+    return {name: f"{{py:obj}}`{name} <{module}.{name}>`" for module, name in offered}
+
+
+def public_names(path):  # of a module
+    assigned = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.Assign)]
+    names = next(ast.literal_eval(n.value) for n in assigned if n.targets[0].id == "__all__")
+    return [name for name in names if not name.isupper()]
 
 
 # The site
