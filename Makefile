@@ -3,13 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Names given on the command line (make retrain K=8 DATA=mnist) become parameters of the notebook, in lower case but for a K at the end.
 GIVEN := $(filter-out PYTHON,$(foreach v,$(MAKEOVERRIDES),$(firstword $(subst =, ,$(v)))))
-PARAMETERS = $(foreach v,$(GIVEN),-p $(shell echo $(v) | tr A-Z a-z | sed -E 's/(^|_)k$$/\1K/') '$($(v))')
+named = $(shell echo $(1) | tr A-Z a-z | sed -E 's/(^|_)k$$/\1K/')
+PARAMETERS = $(foreach v,$(GIVEN),-p $(call named,$(v)) '$($(v))')
 ONE_THREAD := OMP_NUM_THREADS=1
 
 .PHONY: retrain test paper bench lenet lab export docs docs-serve
 retrain: .venv
-	@mkdir -p runs
-	$(BIN)/papermill nbs/retrain.ipynb runs/retrain.ipynb --log-output --no-progress-bar $(PARAMETERS)
+	$(BIN)/deepkmeans retrain $(foreach v,$(GIVEN),'$(call named,$(v))=$($(v))')
 
 test: .venv
 	$(ONE_THREAD) $(BIN)/nbdev_test --n_workers 2

@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+from ast import literal_eval
 from contextlib import redirect_stdout
 from importlib import import_module
 from math import inf
@@ -218,9 +219,31 @@ def _input(args, model): # → (channels, height, width) of an image
 def _reproduce(args):
     from deepkmeans.experiments import reproduce
 
-    executed = reproduce(args.name, args.protocol, args.seeds, jobs=args.jobs, scheduler=args.scheduler)
+    how = dict(again=args.again, jobs=args.jobs, scheduler=args.scheduler)
+    executed = reproduce(args.name, args.protocol, args.seeds, **how)
     paths = {name: str(path) for name, path in executed.items()}
     return paths, "\n".join(f"{name}: {path}" for name, path in paths.items())
+
+# %% ../nbs/40_cli.ipynb #retrain
+def _retrain(args):
+    from deepkmeans.experiments import execute, repository
+
+    executed = Path("runs") / "retrain.ipynb"
+    notebook = repository(".") / "nbs" / "retrain.ipynb"
+    failed = execute(notebook, executed, dict(args.parameters), show=True)
+    if failed:
+        raise ValueError(f"the main job ended early ({failed}); what it did is in {executed}")
+    return {"notebook": str(executed)}, f"executed notebook: {executed}"
+
+# %% ../nbs/40_cli.ipynb #parameter
+def _parameter(text):  # NAME=VALUE → a name and the value that Python reads, else the text
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise argparse.ArgumentTypeError(f"{text!r} must read NAME=VALUE")
+    try:
+        return name, literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
 
 # %% ../nbs/40_cli.ipynb #examples
 EXAMPLES = {
@@ -237,6 +260,9 @@ EXAMPLES = {
     "energy": """examples:
   deepkmeans energy lenet.dkm
   deepkmeans energy resnet18 --input 3 224 224""",
+    "retrain": """examples (in a clone of the repository):
+  deepkmeans retrain
+  deepkmeans retrain K=8 data=mnist epochs=5""",
     "reproduce": """examples (in a clone of the repository):
   deepkmeans reproduce figure1 --protocol smoke
   deepkmeans reproduce all --protocol cpu --seeds 3""",
@@ -250,6 +276,7 @@ _COMMANDS = {
     "decompress": "write the dense state dict of a compressed file as safetensors",
     "evaluate": "measure the accuracy of a compressed network",
     "energy": "estimate the energy of one forward pass",
+    "retrain": "run the main job: train, share, re-train, record",
     "reproduce": "make a table or figure of the paper anew, with the runs that are missing",
 }
 
@@ -264,6 +291,7 @@ def _parser():
     _output(_file(_command(commands, "decompress", _decompress)))
     _data_options(_arch_options(_file(_command(commands, "evaluate", _evaluate))), required=True)
     _energy_options(_command(commands, "energy", _energy))
+    _retrain_options(_command(commands, "retrain", _retrain))
     _reproduce_options(_command(commands, "reproduce", _reproduce))
     return parser
 
@@ -320,6 +348,11 @@ def _energy_options(command):
     image = "one image (default: what the network was made for)"
     command.add_argument("--input", nargs=3, type=_positive, metavar=("C", "H", "W"), help=image)
 
+# %% ../nbs/40_cli.ipynb #retrain-options
+def _retrain_options(command):
+    wanted = "a parameter of nbs/retrain.ipynb, such as K=16"
+    command.add_argument("parameters", type=_parameter, nargs="*", metavar="NAME=VALUE", help=wanted)
+
 # %% ../nbs/40_cli.ipynb #reproduce-options
 def _reproduce_options(command):
     add = command.add_argument
@@ -327,6 +360,7 @@ def _reproduce_options(command):
     protocols = "smoke (seconds), cpu (minutes a run) or full (the paper's budget); default: cpu"
     add("--protocol", default="cpu", help=protocols)
     add("--seeds", type=_positive, metavar="N", help="runs of each setting (default: 1 for smoke, else 3)")
+    add("--again", action="store_true", help="make all runs again, in a store of their own")
     add("--jobs", type=_positive, default=2, metavar="N", help="processes at a time (default: 2)")
     add("--scheduler", default="", metavar="tcp://HOST:PORT", help="a Dask scheduler")
 
