@@ -31,7 +31,7 @@ class Clustering(NamedTuple):
     inertia: float # Σ w‖row − codebook[code]‖², from this very codebook, summed in float64
     n_iter: int # iterations of Lloyd that were made
 
-# %% ../nbs/01_kmeans.ipynb #decode
+
 def decode(
     codes, # (n,) integers
     codebook, # (k, d)
@@ -45,20 +45,20 @@ CACHE = 2**22 # bytes; on a CPU a temporary should stay in its cache
 IN_MEMORY = 2**30 # bytes; rows that take more than this, with bounds and copies, are streamed
 _FAR = 1e18 # the searches see no coordinate beyond this: never the nearest, and its square is finite
 
-# %% ../nbs/01_kmeans.ipynb #chunk
+
 def _chunk(rows):  # so many rows that float64 copies of a few candidates for each are small
     return max(1, (WORKSPACE if rows.is_cuda else CACHE) // (32 * rows.shape[1]))
 
-# %% ../nbs/01_kmeans.ipynb #chunks
+
 def _chunks(rows):
     size = _chunk(rows)
     return ((a, min(a + size, len(rows))) for a in range(0, len(rows), size))
 
-# %% ../nbs/01_kmeans.ipynb #total
+
 def _total(values):  # over the last axis, in an order that does not depend on the number of threads
     return values.sum(-1) if values.is_cuda else torch.from_numpy(np.asarray(values.numpy().sum(-1)))
 
-# %% ../nbs/01_kmeans.ipynb #reduced
+
 def _reduced(values, group, how="SUM"):  # over the processes of the group, in place
     if group is not None:
         from torch import distributed
@@ -89,21 +89,14 @@ class _Space(NamedTuple):
         return (codebook - self.shift).clamp(-_FAR, _FAR).float().contiguous()
 
     def cost(self, codebook, codes):  # w‖row − codebook[code]‖², (n,) float64, scaled
-        gaps = (_gaps(self.scaled(self.rows[a:b]), codebook, codes[a:b]) for a, b in _chunks(self.rows))
-        return self.weighted(torch.cat(list(gaps)))
-
-    def weighted(self, squares):  # (n,)
+        squares = torch.cat([_gaps(self.scaled(self.rows[a:b]), codebook, codes[a:b]) for a, b in _chunks(self.rows)])
         return squares if self.weight is None else squares * self.weight
 
     def plain(self, inertia):  # a scaled inertia as one of the rows that came in
         return inertia / self.heavy / self.scale / self.scale
 
-# %% ../nbs/01_kmeans.ipynb #norms
-def _norms(rows):  # (m,); coordinate by coordinate, as a sum over a short axis is slow
-    return sum(x.square() for x in rows.T).sqrt()
 
-# %% ../nbs/01_kmeans.ipynb #gaps
-def _gaps(rows, codebook, codes):  # squared distances, (m,)
+def _gaps(rows, codebook, codes):  # squared distances, (m,) float64; coordinate by coordinate, as a sum over a short axis is slow
     return sum((x - c.index_select(0, codes)).square() for x, c in zip(rows.T, codebook.T))
 
 # %% ../nbs/01_kmeans.ipynb #space-of
@@ -116,11 +109,11 @@ def _mean(values, rows, weight, group):  # weighted mean of values(columns) over
     total = _reduced(total, group)
     return total[:-1] / total[-1]
 
-# %% ../nbs/01_kmeans.ipynb #power
+
 def _power(size):  # the power of two that brings a size to between 1/2 and 1; its inverse is a float too
     return 2.0 ** -min(max(frexp(float(size))[1], -1022), 1022)
 
-# %% ../nbs/01_kmeans.ipynb #make-space
+
 def _space(rows, weight=None, group=None, codebook=None):  # codebook: centres that did not come from the rows
     heavy = 1.0 if weight is None else _power(_reduced(weight.max(), group, "MAX"))
     weight = None if weight is None else weight * heavy
@@ -133,32 +126,32 @@ def _space(rows, weight=None, group=None, codebook=None):  # codebook: centres t
     scale = _power(max(ends.abs().max(), near(1.0, 0.0)))
     mean = _mean(lambda x: x * scale, rows, weight, group)  # (d,)
     spread = _mean(lambda x: (x * scale - mean[:, None]).square(), rows, weight, group)  # (d,)
-    few_bits = mean.float().double()  # so that x − shift is exact
-    shift = torch.where(mean.abs() > 4 * spread.sqrt(), few_bits, 0.0)  # (d,)
+    shift = torch.where(mean.abs() > 4 * spread.sqrt(), mean.float().double(), 0.0)  # (d,); few bits, so that x − shift is exact
     fine = _power(max((ends * scale + torch.stack([shift, -shift])).max(), near(scale, shift)))
     fine = min(fine * scale, 2.0**1022) / scale
     return _Space(rows, weight, fine * scale, fine * shift, float((spread.sqrt() * fine).square().mean()), heavy, group)
 
-# %% ../nbs/01_kmeans.ipynb #available
+# %% ../nbs/01_kmeans.ipynb #search-torch
 @lru_cache(None)
 def _available(package):
     return find_spec(package) is not None
 
-# %% ../nbs/01_kmeans.ipynb #least
+
+
+
 def _least(distances, top):
     return distances.argmin(1, keepdim=True) if top == 1 else distances.topk(top, largest=False).indices  # (size, top)
 
-# %% ../nbs/01_kmeans.ipynb #search-by-product
+
 def _search_torch(codebook, top):
     square = codebook.square().sum(1)  # (k,)
     size = max(1, (WORKSPACE if codebook.is_cuda else CACHE) // (4 * len(codebook)))
 
-    def search(queries):  # (m, top)
-        distances = (torch.addmm(square, q, codebook.T, alpha=-2) for q in queries.split(size))
-        return torch.cat([_least(part, top) for part in distances])
+    def search(queries):
+        return torch.cat([_least(torch.addmm(square, q, codebook.T, alpha=-2), top) for q in queries.split(size)])  # (m, top)
     return search
 
-# %% ../nbs/01_kmeans.ipynb #search-faiss
+
 def _search_faiss(codebook, top):
     import faiss
 
@@ -166,16 +159,12 @@ def _search_faiss(codebook, top):
     centres = codebook.numpy()
     return lambda queries: torch.from_numpy(faiss.knn(queries.numpy(), centres, top)[1])  # (m, top)
 
-# %% ../nbs/01_kmeans.ipynb #search-tree
+
 def _search_tree(codebook, top):
     from deepkmeans.kernels import make_search
 
-    search = make_search(codebook.double().numpy())
-
-    def pair(queries):
-        codes, others = search(queries.numpy())
-        return torch.from_numpy(codes)[:, None], torch.from_numpy(others).double()  # (m, 1), (m,)
-    return pair
+    search = make_search(codebook.numpy())
+    return lambda queries: torch.from_numpy(search(queries.numpy())[:, :top])  # (m, top)
 
 # %% ../nbs/01_kmeans.ipynb #search-keops
 def _keops_search(queries, codebook, top):
@@ -186,18 +175,17 @@ def _keops_search(queries, codebook, top):
     gap = LazyTensor(queries[:, None]) - LazyTensor(codebook[None])  # (m, k, d), symbolic
     return gap.square().sum(-1).argKmin(top, dim=1)  # (m, top)
 
-# %% ../nbs/01_kmeans.ipynb #own-folder
+
 def _own_folder(path):  # in a place where others may write too: what is compiled there is run
     try:
         path.mkdir(mode=0o700)
     except FileExistsError:
         found = path.lstat()
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-            problem = f"{path} is not a folder that is this user's and closed to others; remove it"
-            raise PermissionError(problem) from None
+            raise PermissionError(f"{path} is not a folder that is this user's and closed to others; remove it") from None
     return path
 
-# %% ../nbs/01_kmeans.ipynb #keops-works
+
 @lru_cache(None)
 def _keops_works(d, top, device):
     # compile in a folder of this process group, one process at a time; whatever goes wrong is reported, not raised
@@ -208,20 +196,18 @@ def _keops_works(d, top, device):
         os.environ.setdefault("KEOPS_CACHE_FOLDER", str(folder))
         with open(folder / "lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            zeros = torch.zeros(2, d, device=device)
-            return bool((_keops_search(zeros, zeros, top) >= 0).all())
+            return bool((_keops_search(torch.zeros(2, d, device=device), torch.zeros(2, d, device=device), top) >= 0).all())
     except Exception as error:
-        problem = f"{type(error).__name__}: {error}"
-        warnings.warn(f"backend='keops' does not work here ({problem}); using 'torch'", stacklevel=2)
+        warnings.warn(f"backend='keops' does not work here ({type(error).__name__}: {error}); using 'torch'", stacklevel=2)
         return False
 
-# %% ../nbs/01_kmeans.ipynb #search-with-keops
+
 def _search_keops(codebook, top):
     if not _keops_works(codebook.shape[1], top, str(codebook.device)):
         return _search_torch(codebook, top)
     return lambda queries: _keops_search(queries.contiguous(), codebook, top)  # (m, top)
 
-# %% ../nbs/01_kmeans.ipynb #searches
+
 _SEARCH = {"torch": _search_torch, "faiss": _search_faiss, "keops": _search_keops, "tree": _search_tree}
 
 # %% ../nbs/01_kmeans.ipynb #search-sure
@@ -234,12 +220,12 @@ def _search_line(codebook):  # scaled numbers, and centres (k, 1): the two betwe
         return order[torch.stack([right - 1, right], 1)]  # (m, 2)
     return search
 
-# %% ../nbs/01_kmeans.ipynb #search-direct
+
 def _search_direct(codebook):  # scaled rows, and centres (k, d), all in float64
     size = max(1, WORKSPACE // (32 * len(codebook)))
     return lambda rows: torch.cat([_compared(r, codebook) for r in rows.split(size)])  # (m, 1)
 
-# %% ../nbs/01_kmeans.ipynb #compared
+
 def _compared(rows, codebook):
     reach = 0
     for x, c in zip(rows.T, codebook.T):
@@ -257,40 +243,38 @@ def _error(name, squares, norms, d):  # of a squared distance, as a search in fl
         return u * (2 * distances * reach + (d + 4) * squares) + 1e-37
     return u * (d + 5) * reach.square() + 1e-37  # what underflows to zero
 
-# %% ../nbs/01_kmeans.ipynb #ladder
+
 def _ladder(name, codebook):  # the back ends that are asked one after the other
     if codebook.shape[1] == 1:
         return ["line"]
     with_tree = name in ("torch", "faiss") and not codebook.is_cuda and _available("numba")
     return [name, "tree", "direct"] if with_tree else [name, "direct"]
 
-# %% ../nbs/01_kmeans.ipynb #finder
-def _finder(space, codebook, name, top):
-    # from rows (m, d), as they came in, to proposals (m, top), and what no other centre's squared distance is below
+
+def _finder(space, codebook, name, top):  # from rows (m, d), as they came in, to proposals (m, top)
     sure = {"line": _search_line, "direct": _search_direct}
     if name in sure:
         search = sure[name](codebook)
-        return lambda rows: (search(space.scaled(rows)), None)
+        return lambda rows: search(space.scaled(rows))
     search = _SEARCH[name](space.seen(codebook), min(top, len(codebook)))
-    if name == "tree":
-        return lambda rows: search(space.unit(rows).float())
-    return lambda rows: (search(space.unit(rows).float()), None)
+    return lambda rows: search(space.unit(rows).float())
 
 # %% ../nbs/01_kmeans.ipynb #assign-best
 def _best(space, codebook, rows, proposals, codes=None):
     # the nearest of the proposals, the first of equal ones; a row leaves the centre that it has only for a nearer one
-    scaled, proposals = space.scaled(rows), proposals if proposals.shape[1] == 1 else proposals.sort(1).values
-    candidates = proposals if codes is None else torch.cat([codes[:, None], proposals], 1)  # (m, c)
-    squares = torch.stack([_gaps(scaled, codebook, column) for column in candidates.T], 1)  # (m, c)
+    candidates = proposals.sort(1).values
+    if codes is not None:
+        candidates = torch.cat([codes[:, None], candidates], 1)
+    squares = (space.scaled(rows)[:, None] - codebook[candidates]).square().sum(-1)  # (m, c)
     least, best = squares.min(1)  # (m,)
     return candidates.gather(1, best[:, None])[:, 0], least, squares[:, -proposals.shape[1]:].amax(1)
 
-# %% ../nbs/01_kmeans.ipynb #assign-rows
+
 def _assign(space, codebook, name, codes):  # codes (n,) that are at least as near as those given
     find, nearest = _finder(space, codebook, name, 1), torch.empty_like(codes)
     for a, b in _chunks(space.rows):
         rows = space.rows[a:b]
-        nearest[a:b], _, _ = _best(space, codebook, rows, find(rows)[0], codes[a:b])
+        nearest[a:b], _, _ = _best(space, codebook, rows, find(rows), codes[a:b])
     return nearest
 
 # %% ../nbs/01_kmeans.ipynb #assign-nearest
@@ -305,41 +289,35 @@ def _nearest(space, codebook, backend, codes=None):
         find, unsure = _finder(space, codebook, name, 2), []
         for part in todo.split(_chunk(space.rows)):
             rows, own = space.rows[part], None if codes is None else codes[part]
-            proposals, others = find(rows)
-            nearest[part], squares[part], farthest = _best(space, codebook, rows, proposals, own)
-            if name in _SEARCH and k > proposals.shape[1]:
-                others = farthest if others is None else others  # (m,)
-                error = _error(name, others, _norms(space.unit(rows)), d)  # (m,)
-                unsure.append(part[~(others - squares[part] > 2 * error)])
+            nearest[part], squares[part], farthest = _best(space, codebook, rows, find(rows), own)
+            if name in _SEARCH and k > 2:
+                error = _error(name, farthest, space.unit(rows).square().sum(1).sqrt(), d)  # (m,)
+                unsure.append(part[~(farthest - squares[part] > 2 * error)])
         todo = torch.cat(unsure) if unsure else todo[:0]
         good = name if good is None and 4 * len(todo) <= n else good
         if not len(todo):
             break
     return nearest, squares, good
 
-# %% ../nbs/01_kmeans.ipynb #cluster-sums
+# %% ../nbs/01_kmeans.ipynb #update
 def _sums(values, codes, k):  # sum of the values (m,) of each cluster, (k,) float64
     if codes.is_cuda:
         return torch.zeros(k, dtype=torch.float64, device=codes.device).index_add_(0, codes, values)
     return torch.from_numpy(np.bincount(codes.numpy(), values.numpy(), k))
 
-# %% ../nbs/01_kmeans.ipynb #means
-def _means(space, codes, k, around=None):  # `around`: centres near the means, to start from
-    # (k, d) scaled, NaN for an empty cluster, and the weight of each (k,)
-    weight = space.weight  # (n,)
-    if weight is None:
-        weight = torch.ones(1, dtype=torch.float64, device=codes.device).expand(len(codes))
+
+def _means(space, codes, k, around=None):
+    # (k, d) scaled, NaN for an empty cluster, and the weight of each (k,); `around`: centres near the means, to start from
     total = torch.zeros(space.rows.shape[1] + 1, k, dtype=torch.float64, device=codes.device)
     for a, b in _chunks(space.rows):
+        w = torch.ones(b - a, dtype=torch.float64, device=codes.device) if space.weight is None else space.weight[a:b]  # (m,)
         values = space.scaled(space.rows[a:b]) - (space.shift if around is None else around[codes[a:b]])  # (m, d)
-        columns = (*(values.T * weight[a:b]), weight[a:b])
-        total += torch.stack([_sums(x, codes[a:b], k) for x in columns])  # (d + 1, k)
+        total += torch.stack([_sums(x, codes[a:b], k) for x in (*(values.T * w), w)])  # (d + 1, k)
     _reduced(total, space.group)
     return (total[:-1] / total[-1]).T + (space.shift if around is None else around), total[-1]
 
-# %% ../nbs/01_kmeans.ipynb #worst-rows
-def _worst(space, codebook, codes, k):
-    # of each cluster: the largest cost (k,), the first row that has it (k, d), are there other rows? (k,)
+# %% ../nbs/01_kmeans.ipynb #update-worst
+def _worst(space, codebook, codes, k):  # of each cluster: the largest cost (k,), the first row that has it (k, d), are there other rows? (k,)
     cost, rows, n = space.cost(codebook, codes), space.rows, len(codes)  # (n,), (n, d)
     most = _reduced(cost.new_full((k,), -1).scatter_reduce_(0, codes, cost, "amax"), space.group, "MAX")
     at = (cost == most[codes]).nonzero()[:, 0]
@@ -351,14 +329,14 @@ def _worst(space, codebook, codes, k):
     differs = torch.cat([(rows[a:b] != row[codes[a:b]]).any(1) for a, b in _chunks(rows)])  # (n,)
     return most, row, _reduced(torch.bincount(codes[differs], minlength=k), space.group) > 0
 
-# %% ../nbs/01_kmeans.ipynb #first-process
+
 def _first_process(has, group):  # (k,) bool: is this the first process that has it?
     if group is None:
         return has
     rank, size = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
     return _reduced(torch.where(has, rank, size), group, "MIN") == rank
 
-# %% ../nbs/01_kmeans.ipynb #donors
+
 def _donors(space, codebook, codes, count):
     # at most `count` clusters that can give away a row, the worst-fitted first, and that row of each (k, d)
     most, row, mixed = _worst(space, codebook, codes, len(codebook))
@@ -366,20 +344,19 @@ def _donors(space, codebook, codes, count):
     worst = most.where(able, -1).argsort(descending=True, stable=True)
     return worst[:min(count, int(able.sum()))], row
 
-# %% ../nbs/01_kmeans.ipynb #move-rows
-def _move(space, codes, donors, row, empty):
-    # the worst row of each donor, and the rows equal to it, to an empty cluster
+# %% ../nbs/01_kmeans.ipynb #update-fill
+def _move(space, codes, donors, row, empty):  # the worst row of each donor, and the rows equal to it, to an empty cluster
     target = codes.new_full((len(row),), -1)
     target[donors] = empty
     for a, b in _chunks(space.rows):
         moves = (target[codes[a:b]] >= 0) & (space.rows[a:b] == row[codes[a:b]]).all(1)  # (m,)
         codes[a:b] = torch.where(moves, target[codes[a:b]], codes[a:b])
 
-# %% ../nbs/01_kmeans.ipynb #kept
+
 def _kept(codebook, codes, taken):  # without the centres that are not taken
     return codebook[taken], (taken.cumsum(0) - 1)[codes]
 
-# %% ../nbs/01_kmeans.ipynb #update
+
 def _update(space, codes, k):
     # scaled means of the k clusters; empty ones are filled, or dropped where every row fits; codes; was any filled?
     means, mass = _means(space, codes, k)
@@ -424,7 +401,7 @@ def _lloyd_tree(space, k, start, max_iter, tol, backend):
         done = done or n_iter == max_iter
     return codebook, codes, n_iter
 
-# %% ../nbs/01_kmeans.ipynb #exactly
+
 def _exactly(space, x):  # are these the centred rows, without rounding?
     same = (torch.equal(space.unit(space.rows[a:b]), x[a:b].double()) for a, b in _chunks(x))
     return space.rows.dtype != torch.float64 or all(same)
@@ -440,19 +417,19 @@ def _exact(space, k):
 
 # %% ../nbs/01_kmeans.ipynb #settle
 def _settled(space, codebook, codes, backend):
-    # of centres (k, d) as they are given back: those centres, codes (n,) of the nearest, and squared distances (n,)
+    # of centres (k, d) as they are given back: those centres, and codes (n,) of the nearest
     while True:
-        codes, squares, _ = _nearest(space, space.scaled(codebook), backend, codes)
+        codes, _, _ = _nearest(space, space.scaled(codebook), backend, codes)
         taken = _reduced(torch.bincount(codes, minlength=len(codebook)), space.group) > 0
         empty = (~taken).nonzero()[:, 0]
         if not len(empty):
-            return codebook, codes, squares
+            return codebook, codes
         donors, row = _donors(space, space.scaled(codebook), codes, len(empty))
         if not len(donors):
-            return *_kept(codebook, codes, taken), squares
+            return _kept(codebook, codes, taken)
         codebook = codebook.index_copy(0, empty[:len(donors)], row[donors].to(codebook.dtype))
 
-# %% ../nbs/01_kmeans.ipynb #returned
+
 def _returned(space, codebook, codes):  # scaled means as the rows' floating-point type holds them
     if space.rows.dtype == torch.float64:
         codebook, _ = _means(space, codes, len(codebook), codebook)  # once more, about themselves: to the last bit
@@ -460,27 +437,25 @@ def _returned(space, codebook, codes):  # scaled means as the rows' floating-poi
     most = torch.finfo(dtype).max
     return (codebook / space.scale).clamp(-most, most).to(dtype)
 
-# %% ../nbs/01_kmeans.ipynb #uniform
+# %% ../nbs/01_kmeans.ipynb #seeding
 def _uniform(generator, *shape):
     return torch.rand(*shape, generator=generator, dtype=torch.float64, device=generator.device).cpu()
 
-# %% ../nbs/01_kmeans.ipynb #pick
+
 def _pick(cumulated, u):  # the first places where the cumulated mass exceeds u·total
     target = (u.to(cumulated.device) * cumulated[-1]).clamp(max=torch.nextafter(cumulated[-1], cumulated.new_zeros(())))
     return torch.searchsorted(cumulated, target, right=True)
 
-# %% ../nbs/01_kmeans.ipynb #seed-random
+
 def _seed_random(space, k, generator):
     keys = _uniform(generator, len(space.rows)).to(space.rows.device)
     if space.weight is not None:
         keys = -torch.log1p(-keys) / space.weight  # exponential clocks; the k that ring first
     return keys.argsort(stable=True)[:k]
 
-# %% ../nbs/01_kmeans.ipynb #greedy-plusplus
-def _greedy_plusplus(x, weight, first, draws):
-    def distance(i):  # (n,)
-        return (x - x[i]).double().square().sum(1)
 
+def _greedy_plusplus(x, weight, first, draws):
+    distance = lambda i: (x - x[i]).double().square().sum(1)  # (n,)
     chosen = [_pick(weight.cumsum(0), first).item()]
     potential = distance(chosen[0])
     for u in draws:
@@ -494,20 +469,19 @@ def _greedy_plusplus(x, weight, first, draws):
         potential = lowered[best]
     return chosen
 
-# %% ../nbs/01_kmeans.ipynb #too-large
+
 def _too_large(n, d):
     return n * (8 * d + 64) > IN_MEMORY
 
-# %% ../nbs/01_kmeans.ipynb #seed-sample
+
 def _seed_sample(space, k, generator):
     n, m = len(space.rows), IN_MEMORY // (8 * space.rows.shape[1] + 64)
-    warnings.warn(f"the {n:,} rows do not fit in IN_MEMORY={IN_MEMORY:,} bytes; "
-                  f"k-means++ sees a random sample of {m:,} of them", stacklevel=6)
+    warnings.warn(f"the {n:,} rows do not fit in IN_MEMORY={IN_MEMORY:,} bytes; k-means++ sees a random sample of {m:,} of them", stacklevel=6)
     sample = (_uniform(generator, m) * n).long().sort().values  # (m,)
     weight = None if space.weight is None else space.weight[sample]
     return sample[_seed_plusplus(space._replace(rows=space.rows[sample], weight=weight), k, generator)]
 
-# %% ../nbs/01_kmeans.ipynb #seed-plusplus
+
 def _seed_plusplus(space, k, generator):
     if _too_large(*space.rows.shape) and not _too_large(k, space.rows.shape[1]):
         return _seed_sample(space, k, generator)
@@ -523,16 +497,16 @@ def _seed_plusplus(space, k, generator):
         chosen = _greedy_plusplus(x if _exactly(space, x) else space.unit(space.rows), weight, first, draws)
     return torch.as_tensor(chosen, device=x.device)
 
-# %% ../nbs/01_kmeans.ipynb #backends
+# %% ../nbs/01_kmeans.ipynb #check
 BACKENDS = ("auto", "torch", "faiss", "keops", "tree", "exact")
 
-# %% ../nbs/01_kmeans.ipynb #view
+
 class _View:  # of an array that may be read-only, which PyTorch warns of; nothing here writes to it
     def __init__(self, array):
         self.array = array
         self.__array_interface__ = array.__array_interface__ | {"data": (array.__array_interface__["data"][0], False)}
 
-# %% ../nbs/01_kmeans.ipynb #tensor
+
 def _tensor(values, name):
     # of tensors, data frames, lists, and arrays of any order of rows and bytes; copied only where it must be
     if isinstance(values, torch.Tensor):
@@ -545,7 +519,7 @@ def _tensor(values, name):
         kind = type(values).__name__
         raise ValueError(f"{name} of type {kind} must be numbers that PyTorch knows: {error}") from None
 
-# %% ../nbs/01_kmeans.ipynb #checked-rows
+
 def _checked_rows(rows, name="rows"):
     rows = _tensor(rows, name)
     if rows.ndim != 2 or 0 in rows.shape:
@@ -557,7 +531,7 @@ def _checked_rows(rows, name="rows"):
         raise ValueError(f"{name} holds NaN or infinite values")
     return rows
 
-# %% ../nbs/01_kmeans.ipynb #checked-weight
+
 def _checked_weight(weight, rows):
     if weight is None:
         return None
@@ -568,7 +542,7 @@ def _checked_weight(weight, rows):
         raise ValueError("sample_weight must be finite and greater than 0")
     return weight
 
-# %% ../nbs/01_kmeans.ipynb #checked-init
+
 def _checked_init(init, d, k, device):
     if isinstance(init, str):
         if init not in ("k-means++", "random"):
@@ -579,7 +553,7 @@ def _checked_init(init, d, k, device):
         raise ValueError(f"init has shape {tuple(init.shape)}, must be (k, d) = ({k}, {d})")
     return init.to(device, torch.float64)
 
-# %% ../nbs/01_kmeans.ipynb #check-numbers
+# %% ../nbs/01_kmeans.ipynb #backend
 def _check_numbers(n, k, pinned_zero, max_iter, tol, n_init):
     if not 1 <= k <= n:
         raise ValueError(f"k={k} must be between 1 and the number of rows, {n}")
@@ -591,17 +565,17 @@ def _check_numbers(n, k, pinned_zero, max_iter, tol, n_init):
         if not value >= least:
             raise ValueError(f"{name}={value} must be at least {least}")
 
-# %% ../nbs/01_kmeans.ipynb #whole
+
 def _whole(value, name):  # an int, of whatever library
     try:
         return operator.index(value)
     except TypeError:
         raise ValueError(f"{name}={value!r} must be a whole number") from None
 
-# %% ../nbs/01_kmeans.ipynb #needs
+# %% ../nbs/01_kmeans.ipynb #auto
 _NEEDS = {"faiss": "faiss", "tree": "numba", "exact": "numba"}
 
-# %% ../nbs/01_kmeans.ipynb #wanted
+
 def _wanted(rows, k, warm, whole):  # what `auto` would like, best first
     n, d = rows.shape
     if d == 1 and whole and not warm:
@@ -615,23 +589,21 @@ def _wanted(rows, k, warm, whole):  # what `auto` would like, best first
         yield "faiss"
     yield "torch"
 
-# %% ../nbs/01_kmeans.ipynb #auto
+
 def _auto(rows, k, warm, whole):
     for name in _wanted(rows, k, warm, whole):
         if _available(_NEEDS.get(name, "torch")):
             return name
-        problem = f"needs {_NEEDS[name]}, which is not installed"
-        warnings.warn(f"backend={name!r} would be the best here and {problem}", stacklevel=4)
+        warnings.warn(f"backend={name!r} would be the best here and needs {_NEEDS[name]}, which is not installed", stacklevel=4)
 
-# %% ../nbs/01_kmeans.ipynb #backend
+
 def _backend(name, rows, k, warm, whole=True):
     if name not in BACKENDS:
         raise ValueError(f"backend={name!r} must be one of {', '.join(BACKENDS)}")
     if name == "auto":
         return _auto(rows, k, warm, whole)
     if name in ("tree", "exact") and not whole:
-        others = "'torch', 'faiss' or 'keops'"
-        raise ValueError(f"backend={name!r} needs all rows in one process; with a group take {others}")
+        raise ValueError(f"backend={name!r} needs all rows in one process; with a group take 'torch', 'faiss' or 'keops'")
     if name in ("faiss", "tree") and rows.device.type != "cpu":
         raise ValueError(f"backend={name!r} needs rows on the CPU, they are on {rows.device}")
     if name == "exact" and rows.shape[1] != 1:
@@ -640,7 +612,7 @@ def _backend(name, rows, k, warm, whole=True):
         raise ImportError(f"backend={name!r} needs {_NEEDS[name]}, which is not installed")
     return name
 
-# %% ../nbs/01_kmeans.ipynb #generator
+
 def _generator(seed):
     if isinstance(seed, torch.Generator):
         return seed
@@ -658,15 +630,14 @@ def _fit(space, k, init, max_iter, tol, backend, generator):
         start = space.rows[seeds[init](space, k, generator)] if isinstance(init, str) else init  # (k, d)
         lloyd = _lloyd_tree if backend == "tree" else _lloyd
         codebook, codes, n_iter = lloyd(space, k, _distinct(space.scaled(start)), max_iter, tol, backend)
-    codebook, codes, squares = _settled(space, _returned(space, codebook, codes), codes, backend)
-    inertia = _reduced(_total(space.weighted(squares)), space.group)
-    return Clustering(codebook, codes, float(inertia), n_iter)  # scaled: that of the rows may vanish or overflow
+    codebook, codes = _settled(space, _returned(space, codebook, codes), codes, backend)
+    cost = _reduced(_total(space.cost(space.scaled(codebook), codes)), space.group)
+    return Clustering(codebook, codes, float(cost), n_iter)  # with scaled inertia: that of the rows may vanish or overflow
 
-# %% ../nbs/01_kmeans.ipynb #distinct-starts
+
 def _distinct(start):  # without the repeated centres, which would share out their rows at random
     values, where = (start + 0.0).unique(dim=0, return_inverse=True)
-    places = torch.arange(len(start), device=start.device)
-    first = where.new_full((len(values),), len(start)).scatter_reduce_(0, where, places, "amin")  # (number of values,)
+    first = where.new_full((len(values),), len(start)).scatter_reduce_(0, where, torch.arange(len(start), device=start.device), "amin")
     return start[first.sort().values]
 
 # %% ../nbs/01_kmeans.ipynb #together
@@ -684,12 +655,12 @@ def _together(group, rows):  # an error in one process of the group becomes one 
     if failed:
         raise ValueError("another process of the group refused its arguments; its error says why")
 
-# %% ../nbs/01_kmeans.ipynb #fingerprint
+
 def _fingerprint(value):  # a number of 48 bits
     data = value.cpu().numpy().tobytes() if isinstance(value, torch.Tensor) else repr(value).encode()
     return int.from_bytes(hashlib.sha256(data).digest()[:6], "big")
 
-# %% ../nbs/01_kmeans.ipynb #check-same
+
 def _check_same(group, device, **arguments):
     if group is None:
         return
@@ -700,14 +671,14 @@ def _check_same(group, device, **arguments):
         names = ", ".join(differs)
         raise ValueError(f"the processes of the group were given different {names}, must be the same in all")
 
-# %% ../nbs/01_kmeans.ipynb #pinned-rows
+# %% ../nbs/01_kmeans.ipynb #zero
 def _pinned(rows, pinned_zero):  # (n,) bool: the rows of smallest norm
     norms = (rows.double() * _power(rows.abs().max())).square().sum(1)  # (n,), scaled
     mask = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
     mask[norms.argsort(stable=True)[:round(pinned_zero * len(rows))]] = True
     return mask
 
-# %% ../nbs/01_kmeans.ipynb #with-zero
+
 def _with_zero(rest, rows, weight, pinned):  # the zero centre in front of the codebook of the other rows
     codes = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
     codes[~pinned] = rest.codes + 1
@@ -729,7 +700,7 @@ def kmeans(
     n_init: int = 1, # seedings to try; the clustering of least inertia is kept
     backend: str = "auto", # one of BACKENDS; "exact" (d = 1) finds the optimum and needs no start
     seed=0, # an int, or a torch.Generator to draw from
-    group=None, # a torch.distributed process group whose processes hold parts of the rows; `init` must be a codebook
+    group=None, # a torch.distributed process group, each process of which holds a part of the rows; needs a codebook as `init`
 ) -> Clustering: # with a group: the common codebook and inertia, and the codes of this process's rows
     """The k-means clustering of the rows: codebook, codes, inertia, n_iter (paper, equation 1; Lloyd, 1982).
 
@@ -752,8 +723,7 @@ def kmeans(
             raise ValueError(f"a group needs a codebook as init and pinned_zero=0, not {given}")
         backend = _backend(backend, rows, k, not isinstance(init, str), group is None)
     double = rows.dtype == torch.float64
-    _check_same(group, rows.device, init=init, k=k, max_iter=max_iter, tol=float(tol),
-                sample_weight=weight is None, dtype=double)
+    _check_same(group, rows.device, init=init, k=k, max_iter=max_iter, tol=float(tol), sample_weight=weight is None, dtype=double)
     n = int(_reduced(torch.tensor(len(rows), device=rows.device), group))
     _check_numbers(n, k, pinned_zero, max_iter, tol, n_init)
 
@@ -804,8 +774,7 @@ class _Parameters:  # what scikit-learn's BaseEstimator gives, without importing
         """The estimator itself, with some parameters changed. Raises `ValueError` for an unknown name."""
         for name, value in params.items():
             if name not in self.get_params():
-                valid = list(self.get_params())
-                raise ValueError(f"Invalid parameter {name!r} for estimator {self!r}. Valid parameters are: {valid}.")
+                raise ValueError(f"Invalid parameter {name!r} for estimator {self!r}. Valid parameters are: {list(self.get_params())}.")
             setattr(self, name, value)
         return self
 
@@ -823,17 +792,15 @@ def _fitted_rows(estimator, X, reset):  # a tensor of rows; checks the number of
     if not isinstance(X, torch.Tensor):
         from sklearn.utils.validation import validate_data
 
-        checked = validate_data(estimator, X, reset=reset, dtype=[np.float64, np.float32])
-        return torch.from_numpy(np.array(checked, order="C"))
+        return torch.from_numpy(np.array(validate_data(estimator, X, reset=reset, dtype=[np.float64, np.float32]), order="C"))
     rows = _checked_rows(X, "X")
     if reset:
         estimator.n_features_in_ = rows.shape[1]
     elif rows.shape[1] != estimator.n_features_in_:
-        expected = f"but KMeans is expecting {estimator.n_features_in_} features as input"
-        raise ValueError(f"X has {rows.shape[1]} features, {expected}")
+        raise ValueError(f"X has {rows.shape[1]} features, but KMeans is expecting {estimator.n_features_in_} features as input")
     return rows
 
-# %% ../nbs/01_kmeans.ipynb #fitted-weight
+
 def _fitted_weight(weight, rows):  # (n,) float64, zeros allowed
     weight = weight.cpu() if isinstance(weight, torch.Tensor) else weight
     weight = torch.as_tensor(np.ones(len(rows)) if weight is None else np.asarray(weight, dtype=np.float64))
@@ -841,7 +808,7 @@ def _fitted_weight(weight, rows):  # (n,) float64, zeros allowed
         raise ValueError(f"sample_weight must be ({len(rows)},) finite numbers, none below zero and not all zero")
     return weight.to(rows.device)
 
-# %% ../nbs/01_kmeans.ipynb #counted
+
 def _counted(rows, weight, least):
     # numbers of the rows that count, in lexicographic order, and their weights; equal rows are one, if `least` are left
     order = torch.from_numpy(np.lexsort(rows.double().cpu().numpy().T[::-1])).to(rows.device)
@@ -892,8 +859,8 @@ class KMeans(_Parameters):
         if self.pinned_zero:
             labels[used] = found.codes
             squares[used] = _gaps(rows[used].double(), found.codebook.double(), found.codes)
-        given = (found.codebook, labels)
-        self.cluster_centers_, self.labels_ = given if isinstance(X, torch.Tensor) else (t.numpy() for t in given)
+        as_given = (lambda t: t) if isinstance(X, torch.Tensor) else torch.Tensor.numpy
+        self.cluster_centers_, self.labels_ = as_given(found.codebook), as_given(labels)
         self.n_iter_, self.inertia_ = found.n_iter, float(_total(squares * weight))
         return self
 
