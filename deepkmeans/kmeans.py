@@ -31,7 +31,7 @@ class Clustering(NamedTuple):
     inertia: float # Σ w‖row − codebook[code]‖², from this very codebook, summed in float64
     n_iter: int # iterations of Lloyd that were made
 
-
+# %% ../nbs/01_kmeans.ipynb #decode
 def decode(
     codes, # (n,) integers
     codebook, # (k, d)
@@ -49,16 +49,16 @@ _FAR = 1e18 # the searches see no coordinate beyond this: never the nearest, and
 def _chunk(rows):  # so many rows that float64 copies of a few candidates for each are small
     return max(1, (WORKSPACE if rows.is_cuda else CACHE) // (32 * rows.shape[1]))
 
-
+# %% ../nbs/01_kmeans.ipynb #chunks
 def _chunks(rows):
     size = _chunk(rows)
     return ((a, min(a + size, len(rows))) for a in range(0, len(rows), size))
 
-
+# %% ../nbs/01_kmeans.ipynb #total
 def _total(values):  # over the last axis, in an order that does not depend on the number of threads
     return values.sum(-1) if values.is_cuda else torch.from_numpy(np.asarray(values.numpy().sum(-1)))
 
-
+# %% ../nbs/01_kmeans.ipynb #reduced
 def _reduced(values, group, how="SUM"):  # over the processes of the group, in place
     if group is not None:
         from torch import distributed
@@ -95,7 +95,7 @@ class _Space(NamedTuple):
     def plain(self, inertia):  # a scaled inertia as one of the rows that came in
         return inertia / self.heavy / self.scale / self.scale
 
-
+# %% ../nbs/01_kmeans.ipynb #gaps
 def _gaps(rows, codebook, codes):  # squared distances, (m,) float64; coordinate by coordinate, as a sum over a short axis is slow
     return sum((x - c.index_select(0, codes)).square() for x, c in zip(rows.T, codebook.T))
 
@@ -109,11 +109,11 @@ def _mean(values, rows, weight, group):  # weighted mean of values(columns) over
     total = _reduced(total, group)
     return total[:-1] / total[-1]
 
-
+# %% ../nbs/01_kmeans.ipynb #power
 def _power(size):  # the power of two that brings a size to between 1/2 and 1; its inverse is a float too
     return 2.0 ** -min(max(frexp(float(size))[1], -1022), 1022)
 
-
+# %% ../nbs/01_kmeans.ipynb #space-code
 def _space(rows, weight=None, group=None, codebook=None):  # codebook: centres that did not come from the rows
     heavy = 1.0 if weight is None else _power(_reduced(weight.max(), group, "MAX"))
     weight = None if weight is None else weight * heavy
@@ -136,13 +136,11 @@ def _space(rows, weight=None, group=None, codebook=None):  # codebook: centres t
 def _available(package):
     return find_spec(package) is not None
 
-
-
-
+# %% ../nbs/01_kmeans.ipynb #least
 def _least(distances, top):
     return distances.argmin(1, keepdim=True) if top == 1 else distances.topk(top, largest=False).indices  # (size, top)
 
-
+# %% ../nbs/01_kmeans.ipynb #search-torch-code
 def _search_torch(codebook, top):
     square = codebook.square().sum(1)  # (k,)
     size = max(1, (WORKSPACE if codebook.is_cuda else CACHE) // (4 * len(codebook)))
@@ -151,7 +149,7 @@ def _search_torch(codebook, top):
         return torch.cat([_least(torch.addmm(square, q, codebook.T, alpha=-2), top) for q in queries.split(size)])  # (m, top)
     return search
 
-
+# %% ../nbs/01_kmeans.ipynb #search-faiss
 def _search_faiss(codebook, top):
     import faiss
 
@@ -159,7 +157,7 @@ def _search_faiss(codebook, top):
     centres = codebook.numpy()
     return lambda queries: torch.from_numpy(faiss.knn(queries.numpy(), centres, top)[1])  # (m, top)
 
-
+# %% ../nbs/01_kmeans.ipynb #search-tree
 def _search_tree(codebook, top):
     from deepkmeans.kernels import make_search
 
@@ -175,7 +173,7 @@ def _keops_search(queries, codebook, top):
     gap = LazyTensor(queries[:, None]) - LazyTensor(codebook[None])  # (m, k, d), symbolic
     return gap.square().sum(-1).argKmin(top, dim=1)  # (m, top)
 
-
+# %% ../nbs/01_kmeans.ipynb #own-folder
 def _own_folder(path):  # in a place where others may write too: what is compiled there is run
     try:
         path.mkdir(mode=0o700)
@@ -185,7 +183,7 @@ def _own_folder(path):  # in a place where others may write too: what is compile
             raise PermissionError(f"{path} is not a folder that is this user's and closed to others; remove it") from None
     return path
 
-
+# %% ../nbs/01_kmeans.ipynb #keops-works
 @lru_cache(None)
 def _keops_works(d, top, device):
     # compile in a folder of this process group, one process at a time; whatever goes wrong is reported, not raised
@@ -201,7 +199,7 @@ def _keops_works(d, top, device):
         warnings.warn(f"backend='keops' does not work here ({type(error).__name__}: {error}); using 'torch'", stacklevel=2)
         return False
 
-
+# %% ../nbs/01_kmeans.ipynb #search-keops-code
 def _search_keops(codebook, top):
     if not _keops_works(codebook.shape[1], top, str(codebook.device)):
         return _search_torch(codebook, top)
@@ -220,12 +218,12 @@ def _search_line(codebook):  # scaled numbers, and centres (k, 1): the two betwe
         return order[torch.stack([right - 1, right], 1)]  # (m, 2)
     return search
 
-
+# %% ../nbs/01_kmeans.ipynb #search-direct
 def _search_direct(codebook):  # scaled rows, and centres (k, d), all in float64
     size = max(1, WORKSPACE // (32 * len(codebook)))
     return lambda rows: torch.cat([_compared(r, codebook) for r in rows.split(size)])  # (m, 1)
 
-
+# %% ../nbs/01_kmeans.ipynb #compared
 def _compared(rows, codebook):
     reach = 0
     for x, c in zip(rows.T, codebook.T):
@@ -243,14 +241,14 @@ def _error(name, squares, norms, d):  # of a squared distance, as a search in fl
         return u * (2 * distances * reach + (d + 4) * squares) + 1e-37
     return u * (d + 5) * reach.square() + 1e-37  # what underflows to zero
 
-
+# %% ../nbs/01_kmeans.ipynb #ladder
 def _ladder(name, codebook):  # the back ends that are asked one after the other
     if codebook.shape[1] == 1:
         return ["line"]
     with_tree = name in ("torch", "faiss") and not codebook.is_cuda and _available("numba")
     return [name, "tree", "direct"] if with_tree else [name, "direct"]
 
-
+# %% ../nbs/01_kmeans.ipynb #finder
 def _finder(space, codebook, name, top):  # from rows (m, d), as they came in, to proposals (m, top)
     sure = {"line": _search_line, "direct": _search_direct}
     if name in sure:
@@ -269,7 +267,7 @@ def _best(space, codebook, rows, proposals, codes=None):
     least, best = squares.min(1)  # (m,)
     return candidates.gather(1, best[:, None])[:, 0], least, squares[:, -proposals.shape[1]:].amax(1)
 
-
+# %% ../nbs/01_kmeans.ipynb #assign-code
 def _assign(space, codebook, name, codes):  # codes (n,) that are at least as near as those given
     find, nearest = _finder(space, codebook, name, 1), torch.empty_like(codes)
     for a, b in _chunks(space.rows):
@@ -305,7 +303,7 @@ def _sums(values, codes, k):  # sum of the values (m,) of each cluster, (k,) flo
         return torch.zeros(k, dtype=torch.float64, device=codes.device).index_add_(0, codes, values)
     return torch.from_numpy(np.bincount(codes.numpy(), values.numpy(), k))
 
-
+# %% ../nbs/01_kmeans.ipynb #means
 def _means(space, codes, k, around=None):
     # (k, d) scaled, NaN for an empty cluster, and the weight of each (k,); `around`: centres near the means, to start from
     total = torch.zeros(space.rows.shape[1] + 1, k, dtype=torch.float64, device=codes.device)
@@ -329,14 +327,14 @@ def _worst(space, codebook, codes, k):  # of each cluster: the largest cost (k,)
     differs = torch.cat([(rows[a:b] != row[codes[a:b]]).any(1) for a, b in _chunks(rows)])  # (n,)
     return most, row, _reduced(torch.bincount(codes[differs], minlength=k), space.group) > 0
 
-
+# %% ../nbs/01_kmeans.ipynb #first-process
 def _first_process(has, group):  # (k,) bool: is this the first process that has it?
     if group is None:
         return has
     rank, size = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
     return _reduced(torch.where(has, rank, size), group, "MIN") == rank
 
-
+# %% ../nbs/01_kmeans.ipynb #donors
 def _donors(space, codebook, codes, count):
     # at most `count` clusters that can give away a row, the worst-fitted first, and that row of each (k, d)
     most, row, mixed = _worst(space, codebook, codes, len(codebook))
@@ -352,11 +350,11 @@ def _move(space, codes, donors, row, empty):  # the worst row of each donor, and
         moves = (target[codes[a:b]] >= 0) & (space.rows[a:b] == row[codes[a:b]]).all(1)  # (m,)
         codes[a:b] = torch.where(moves, target[codes[a:b]], codes[a:b])
 
-
+# %% ../nbs/01_kmeans.ipynb #kept
 def _kept(codebook, codes, taken):  # without the centres that are not taken
     return codebook[taken], (taken.cumsum(0) - 1)[codes]
 
-
+# %% ../nbs/01_kmeans.ipynb #update-code
 def _update(space, codes, k):
     # scaled means of the k clusters; empty ones are filled, or dropped where every row fits; codes; was any filled?
     means, mass = _means(space, codes, k)
@@ -401,7 +399,7 @@ def _lloyd_tree(space, k, start, max_iter, tol, backend):
         done = done or n_iter == max_iter
     return codebook, codes, n_iter
 
-
+# %% ../nbs/01_kmeans.ipynb #exactly
 def _exactly(space, x):  # are these the centred rows, without rounding?
     same = (torch.equal(space.unit(space.rows[a:b]), x[a:b].double()) for a, b in _chunks(x))
     return space.rows.dtype != torch.float64 or all(same)
@@ -429,7 +427,7 @@ def _settled(space, codebook, codes, backend):
             return _kept(codebook, codes, taken)
         codebook = codebook.index_copy(0, empty[:len(donors)], row[donors].to(codebook.dtype))
 
-
+# %% ../nbs/01_kmeans.ipynb #returned
 def _returned(space, codebook, codes):  # scaled means as the rows' floating-point type holds them
     if space.rows.dtype == torch.float64:
         codebook, _ = _means(space, codes, len(codebook), codebook)  # once more, about themselves: to the last bit
@@ -441,19 +439,19 @@ def _returned(space, codebook, codes):  # scaled means as the rows' floating-poi
 def _uniform(generator, *shape):
     return torch.rand(*shape, generator=generator, dtype=torch.float64, device=generator.device).cpu()
 
-
+# %% ../nbs/01_kmeans.ipynb #pick
 def _pick(cumulated, u):  # the first places where the cumulated mass exceeds u·total
     target = (u.to(cumulated.device) * cumulated[-1]).clamp(max=torch.nextafter(cumulated[-1], cumulated.new_zeros(())))
     return torch.searchsorted(cumulated, target, right=True)
 
-
+# %% ../nbs/01_kmeans.ipynb #seed-random
 def _seed_random(space, k, generator):
     keys = _uniform(generator, len(space.rows)).to(space.rows.device)
     if space.weight is not None:
         keys = -torch.log1p(-keys) / space.weight  # exponential clocks; the k that ring first
     return keys.argsort(stable=True)[:k]
 
-
+# %% ../nbs/01_kmeans.ipynb #greedy-plusplus
 def _greedy_plusplus(x, weight, first, draws):
     distance = lambda i: (x - x[i]).double().square().sum(1)  # (n,)
     chosen = [_pick(weight.cumsum(0), first).item()]
@@ -469,11 +467,11 @@ def _greedy_plusplus(x, weight, first, draws):
         potential = lowered[best]
     return chosen
 
-
+# %% ../nbs/01_kmeans.ipynb #too-large
 def _too_large(n, d):
     return n * (8 * d + 64) > IN_MEMORY
 
-
+# %% ../nbs/01_kmeans.ipynb #seed-sample
 def _seed_sample(space, k, generator):
     n, m = len(space.rows), IN_MEMORY // (8 * space.rows.shape[1] + 64)
     warnings.warn(f"the {n:,} rows do not fit in IN_MEMORY={IN_MEMORY:,} bytes; k-means++ sees a random sample of {m:,} of them", stacklevel=6)
@@ -481,7 +479,7 @@ def _seed_sample(space, k, generator):
     weight = None if space.weight is None else space.weight[sample]
     return sample[_seed_plusplus(space._replace(rows=space.rows[sample], weight=weight), k, generator)]
 
-
+# %% ../nbs/01_kmeans.ipynb #seed-plusplus
 def _seed_plusplus(space, k, generator):
     if _too_large(*space.rows.shape) and not _too_large(k, space.rows.shape[1]):
         return _seed_sample(space, k, generator)
@@ -506,7 +504,7 @@ class _View:  # of an array that may be read-only, which PyTorch warns of; nothi
         self.array = array
         self.__array_interface__ = array.__array_interface__ | {"data": (array.__array_interface__["data"][0], False)}
 
-
+# %% ../nbs/01_kmeans.ipynb #tensor
 def _tensor(values, name):
     # of tensors, data frames, lists, and arrays of any order of rows and bytes; copied only where it must be
     if isinstance(values, torch.Tensor):
@@ -519,7 +517,7 @@ def _tensor(values, name):
         kind = type(values).__name__
         raise ValueError(f"{name} of type {kind} must be numbers that PyTorch knows: {error}") from None
 
-
+# %% ../nbs/01_kmeans.ipynb #checked-rows
 def _checked_rows(rows, name="rows"):
     rows = _tensor(rows, name)
     if rows.ndim != 2 or 0 in rows.shape:
@@ -531,7 +529,7 @@ def _checked_rows(rows, name="rows"):
         raise ValueError(f"{name} holds NaN or infinite values")
     return rows
 
-
+# %% ../nbs/01_kmeans.ipynb #checked-weight
 def _checked_weight(weight, rows):
     if weight is None:
         return None
@@ -542,7 +540,7 @@ def _checked_weight(weight, rows):
         raise ValueError("sample_weight must be finite and greater than 0")
     return weight
 
-
+# %% ../nbs/01_kmeans.ipynb #checked-init
 def _checked_init(init, d, k, device):
     if isinstance(init, str):
         if init not in ("k-means++", "random"):
@@ -565,7 +563,7 @@ def _check_numbers(n, k, pinned_zero, max_iter, tol, n_init):
         if not value >= least:
             raise ValueError(f"{name}={value} must be at least {least}")
 
-
+# %% ../nbs/01_kmeans.ipynb #whole
 def _whole(value, name):  # an int, of whatever library
     try:
         return operator.index(value)
@@ -589,14 +587,14 @@ def _wanted(rows, k, warm, whole):  # what `auto` would like, best first
         yield "faiss"
     yield "torch"
 
-
+# %% ../nbs/01_kmeans.ipynb #auto-code
 def _auto(rows, k, warm, whole):
     for name in _wanted(rows, k, warm, whole):
         if _available(_NEEDS.get(name, "torch")):
             return name
         warnings.warn(f"backend={name!r} would be the best here and needs {_NEEDS[name]}, which is not installed", stacklevel=4)
 
-
+# %% ../nbs/01_kmeans.ipynb #backend-code
 def _backend(name, rows, k, warm, whole=True):
     if name not in BACKENDS:
         raise ValueError(f"backend={name!r} must be one of {', '.join(BACKENDS)}")
@@ -612,7 +610,7 @@ def _backend(name, rows, k, warm, whole=True):
         raise ImportError(f"backend={name!r} needs {_NEEDS[name]}, which is not installed")
     return name
 
-
+# %% ../nbs/01_kmeans.ipynb #generator
 def _generator(seed):
     if isinstance(seed, torch.Generator):
         return seed
@@ -634,7 +632,7 @@ def _fit(space, k, init, max_iter, tol, backend, generator):
     cost = _reduced(_total(space.cost(space.scaled(codebook), codes)), space.group)
     return Clustering(codebook, codes, float(cost), n_iter)  # with scaled inertia: that of the rows may vanish or overflow
 
-
+# %% ../nbs/01_kmeans.ipynb #distinct-code
 def _distinct(start):  # without the repeated centres, which would share out their rows at random
     values, where = (start + 0.0).unique(dim=0, return_inverse=True)
     first = where.new_full((len(values),), len(start)).scatter_reduce_(0, where, torch.arange(len(start), device=start.device), "amin")
@@ -655,12 +653,12 @@ def _together(group, rows):  # an error in one process of the group becomes one 
     if failed:
         raise ValueError("another process of the group refused its arguments; its error says why")
 
-
+# %% ../nbs/01_kmeans.ipynb #fingerprint
 def _fingerprint(value):  # a number of 48 bits
     data = value.cpu().numpy().tobytes() if isinstance(value, torch.Tensor) else repr(value).encode()
     return int.from_bytes(hashlib.sha256(data).digest()[:6], "big")
 
-
+# %% ../nbs/01_kmeans.ipynb #check-same
 def _check_same(group, device, **arguments):
     if group is None:
         return
@@ -678,7 +676,7 @@ def _pinned(rows, pinned_zero):  # (n,) bool: the rows of smallest norm
     mask[norms.argsort(stable=True)[:round(pinned_zero * len(rows))]] = True
     return mask
 
-
+# %% ../nbs/01_kmeans.ipynb #with-zero
 def _with_zero(rest, rows, weight, pinned):  # the zero centre in front of the codebook of the other rows
     codes = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
     codes[~pinned] = rest.codes + 1
@@ -800,7 +798,7 @@ def _fitted_rows(estimator, X, reset):  # a tensor of rows; checks the number of
         raise ValueError(f"X has {rows.shape[1]} features, but KMeans is expecting {estimator.n_features_in_} features as input")
     return rows
 
-
+# %% ../nbs/01_kmeans.ipynb #fitted-weight
 def _fitted_weight(weight, rows):  # (n,) float64, zeros allowed
     weight = weight.cpu() if isinstance(weight, torch.Tensor) else weight
     weight = torch.as_tensor(np.ones(len(rows)) if weight is None else np.asarray(weight, dtype=np.float64))
@@ -808,7 +806,7 @@ def _fitted_weight(weight, rows):  # (n,) float64, zeros allowed
         raise ValueError(f"sample_weight must be ({len(rows)},) finite numbers, none below zero and not all zero")
     return weight.to(rows.device)
 
-
+# %% ../nbs/01_kmeans.ipynb #counted
 def _counted(rows, weight, least):
     # numbers of the rows that count, in lexicographic order, and their weights; equal rows are one, if `least` are left
     order = torch.from_numpy(np.lexsort(rows.double().cpu().numpy().T[::-1])).to(rows.device)
