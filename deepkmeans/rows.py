@@ -13,7 +13,7 @@ import torch
 # %% ../nbs/00_rows.ipynb #layouts
 LAYOUTS = ("scalar", "row", "kernel", "filter")
 
-
+# %% ../nbs/00_rows.ipynb #row-length
 def row_length(
     shape: tuple[int, ...], # of the weight: (out, in/groups, *kernel) for a convolution, (out, in) for a linear layer
     layout: str = "row", # one of LAYOUTS
