@@ -246,7 +246,7 @@ _ON_DISK = ("network file", "network huffman", "network entropy", "network log2"
 
 
 def disk_ratio(
-    frame, # as `experiments.compare` gives it
+    frame, # as `tables.compare` gives it
 ): # a pandas series
     """How much smaller the network is on disk: by the bytes of its file or, failing that, by the next best coding."""
     counted = frame.reindex(columns=list(_ON_DISK)).astype(float)
@@ -282,7 +282,7 @@ def _ratio_axis(ax, low, high):
 
 # %% ../nbs/31_figures.ipynb #change-figure
 def change_figure(
-    frame, # as `experiments.compare` gives it
+    frame, # as `tables.compare` gives it
     x: str = "", # column with the ratio of ours; empty: that on disk
     *,
     floor: float, # the lower edge is nowhere below it, points

@@ -73,7 +73,7 @@ def test_retraining_is_worth_its_epochs_where_the_file_is_small():
     dk.train(trained, train_loader, epochs=6, lr=0.05, progress=False)
     after = {}
     for epochs in (0, 12):
-        after[epochs] = dk.compress(copy.deepcopy(trained), 16, train_loader, epochs, lr=0.05, test_loader=test_loader, progress=False).after
+        after[epochs] = dk.compress(copy.deepcopy(trained), 16, train_loader, epochs, test_loader=test_loader, progress=False).after
     assert after[12].top1 > after[0].top1 + 2
 
 
