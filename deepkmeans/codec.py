@@ -29,7 +29,7 @@ from torch.nn.utils import parametrize
 from .files import place_for_file, write_file
 from .models import build
 from .rows import LAYOUTS, from_rows, row_length
-from .sharing import SharedWeight, as_text, shared_layers
+from .sharing import SharedWeight, as_text, shared_layers, unshare
 
 # %% ../nbs/06_codec.ipynb #error
 class CompressedFileError(ValueError):
@@ -668,6 +668,7 @@ def load_compressed(
     path: str | Path, # a file that `save_compressed` wrote
     model: nn.Module | None = None, # a dense network of the same layers, changed in place; None: as the file names it
     *,
+    dense: bool = False, # give ordinary weights, which take more memory and compute about twice as fast?
     max_bytes: int = MAX_BYTES, # the most that the weights and codes may take in memory
 ) -> nn.Module: # the network, its layers shared as they were; in eval mode where it was built here
     """Read a network from a compressed file; it computes what the saved one did, bit for bit.
@@ -682,7 +683,7 @@ def load_compressed(
     if model is None:
         target = target.to_empty(device="cpu").eval()
     _install(target, content, codes, assign=model is None)
-    return target
+    return unshare(target) if dense else target
 
 # %% ../nbs/06_codec.ipynb #install
 def _install(model, content, codes, assign):

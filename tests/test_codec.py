@@ -565,3 +565,12 @@ def test_threads_may_save_to_one_path(tmp_path):
     threads = [threading.Thread(target=save_compressed, args=(net, tmp_path / "net.dkm")) for net in nets]
     [t.start() for t in threads], [t.join() for t in threads]
     assert (tmp_path / "net.dkm").read_bytes() in [file_bytes(net) for net in nets] and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_dense_network_from_a_file_computes_the_same(tmp_path):
+    net = build("lenet5", seed=0)
+    share(net, make_plan(net, k=8))
+    save_compressed(net, tmp_path / "net.dkm")
+    dense, x = load_compressed(tmp_path / "net.dkm", dense=True), torch.randn(2, 1, 28, 28)
+    assert torch.equal(dense(x), load_compressed(tmp_path / "net.dkm")(x))
+    assert dense.state_dict().keys() == build("lenet5").state_dict().keys()
