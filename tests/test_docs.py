@@ -82,8 +82,10 @@ def test_api_documents_every_public_name(root, site, pages):
         path = site / "api" / f"{module.removeprefix('deepkmeans.')}.html"
         assert f"{module}.{name}" in pages[path].ids, name
     text = re.sub(r"<[^>]+>", "", (site / "api" / "sharing.html").read_text())
-    for said in ("share(model, plan, *, codes=None, seed=0, backend='auto', progress=False)", "clusters in every layer, or one number for each planned layer in order",
-                 "Raises ValueError for unknown, already shared or tied layers", "source"):
+    signature = ("share(model: nn.Module, plan: dict[str, LayerPlan], *, codes: dict[str, torch.Tensor] | None = None, "
+                 "seed: int | torch.Generator = 0, backend: str = 'auto', progress: bool = False)")
+    for said in (signature, "clusters in every layer, or one number for each planned layer in order",
+                 "Raises ValueError for unknown or shared", "source"):
         assert said in text, said
     assert "../nbs/02_sharing.html#sharing-share" in pages[site / "api" / "sharing.html"].links
 
