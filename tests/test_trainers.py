@@ -64,7 +64,7 @@ dist.destroy_process_group()
 
 def test_two_processes_do_what_one_does(tmp_path):
     workers = [subprocess.Popen([sys.executable, "-c", WORKER, str(rank), str(tmp_path)], env={**os.environ, "OMP_NUM_THREADS": "1"}) for rank in range(2)]
-    assert [worker.wait(timeout=600) for worker in workers] == [0, 0]
+    assert [worker.wait(timeout=1200) for worker in workers] == [0, 0]
     one, two = (load_file(tmp_path / str(rank)) for rank in range(2))
     assert all(torch.equal(one[name], two[name]) for name in one)
     net, plan = start()
