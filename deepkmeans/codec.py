@@ -668,7 +668,7 @@ def load_compressed(
     path: str | Path, # a file that `save_compressed` wrote
     model: nn.Module | None = None, # a dense network of the same layers, changed in place; None: as the file names it
     *,
-    dense: bool = False, # give ordinary weights, which take more memory and compute about twice as fast?
+    dense: bool = False, # give ordinary weights, which take more memory and compute faster?
     max_bytes: int = MAX_BYTES, # the most that the weights and codes may take in memory
 ) -> nn.Module: # the network, its layers shared as they were; in eval mode where it was built here
     """Read a network from a compressed file; it computes what the saved one did, bit for bit.
