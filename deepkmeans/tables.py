@@ -24,20 +24,25 @@ class Row(NamedTuple):
     parameters: dict  # of the run, but for the seed
     stage: str  # the stage of the run that counts, such as "finetuned"
     paper: str = ""  # name of the method in `paper_numbers`; empty: not in the paper
+    repeated: str = "seed"  # the parameter that tells its runs apart; "repeat": all start from one baseline
 
     @property
     def label(self) -> str:
         """Method and ratio: what tells the lines of a table apart."""
         return f"{self.method} at {self.ratio:g}"
 
+    def run(self, i) -> dict:
+        """The parameters of its run number i, from 0."""
+        return self.parameters | {self.repeated: i}
+
 # %% ../nbs/32_tables.ipynb #suites
 def suites(
     rows, # lines of a table
-    seeds, # runs of each, with seeds from 0
+    seeds, # runs of each
     root=".", # root of the repository
 ) -> dict: # {path of the notebook: its parameter sets}, each run once, in the order of the rows
     """The runs that a table needs, for `run`."""
-    runs = [(row.job, row.parameters | {"seed": seed}) for seed in range(seeds) for row in rows]
+    runs = [(row.job, row.run(i)) for i in range(seeds) for row in rows]
     once = {(job, json.dumps(parameters, sort_keys=True)): parameters for job, parameters in runs}
     wanted = {}
     for (job, _), parameters in once.items():
@@ -97,8 +102,8 @@ def compare(
 def _made(rows, seeds, stores, root):  # {label: the records of its seeds that were made}
     made = {row.label: [] for row in rows}
     for job in dict.fromkeys(row.job for row in rows):
-        wanted = [(row, seed) for row in rows if row.job == job for seed in range(seeds)]
-        suite = [row.parameters | {"seed": seed} for row, seed in wanted]
+        wanted = [(row, i) for row in rows if row.job == job for i in range(seeds)]
+        suite = [row.run(i) for row, i in wanted]
         for (row, _), record in zip(wanted, lookup(Path(root) / "nbs" / f"{job}.ipynb", suite, stores)):
             if record:
                 made[row.label].append(record)

@@ -13,6 +13,7 @@ from deepkmeans import experiments as ex
 from deepkmeans import gallery, tables
 
 QUICK = dict(data="digits", baseline_epochs=2, epochs=3)
+FEW = dict(data="digits", train_images=128, test_images=64, batch_size=32, baseline_epochs=1, epochs=1, K=8)
 SUITE = [{**QUICK, "method": "deep-k-means", "layer": "conv1", "sizes": [k]} for k in (2, 4, 8)]
 RUNNER = "import json, sys; from deepkmeans.experiments import run; run(sys.argv[1], json.loads(sys.argv[2]), out=sys.argv[3], together='sizes', progress=False)"
 
@@ -214,3 +215,11 @@ def test_changed_images_under_the_same_path_are_another_run(tmp_path):
     same = dict(data=str(tmp_path / "images"))
     assert ex.run_id(same, before.fingerprint) != ex.run_id(same, after.fingerprint)
     assert ex.run_id(same, before.fingerprint) == ex.run_id(same, before.fingerprint)
+
+
+def test_repeated_runs_start_from_one_baseline_and_differ_afterwards(root, tmp_path):
+    row = tables.Row("Deep k-Means", 8, "retrain", FEW, "shared", repeated="repeat")
+    runs = ex.run(root / "nbs" / "retrain.ipynb", [row.run(i) for i in range(2)], out=tmp_path, progress=False)
+    assert runs["stages.baseline.loss"].nunique() == 1 and runs["stages.shared.loss"].nunique() == 2
+    assert len(list((tmp_path / "baselines").glob("*.safetensors"))) == 1
+    assert row._replace(repeated="seed").run(1)["seed"] == 1
