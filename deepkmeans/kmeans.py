@@ -10,11 +10,15 @@ import hashlib
 import inspect
 import operator
 import os
+import signal
 import stat
+import subprocess
+import sys
 import tempfile
 import warnings
 from contextlib import contextmanager
 from functools import lru_cache
+from importlib.metadata import version
 from importlib.util import find_spec
 from math import frexp, log
 from pathlib import Path
@@ -183,30 +187,90 @@ def _own_folder(path):  # in a place where others may write too: what is compile
             raise PermissionError(f"{path} is not a folder that is this user's and closed to others; remove it") from None
     return path
 
+# %% ../nbs/01_kmeans.ipynb #keops-trial
+def _keops_trial(d, top, device):  # in a process of its own: does KeOps find what float64 finds?
+    d, top, draw = int(d), int(top), torch.Generator().manual_seed(0)
+    rows, centres = (torch.randn(size, d, generator=draw).to(device) for size in (50, 9))
+    found = _keops_search(rows, centres, top)  # (50, top)
+    squares = torch.cdist(rows.double(), centres.double())  # (50, 9)
+    if not torch.equal(found, squares.topk(top, largest=False).indices):
+        raise SystemExit("it does not find the nearest centres")
+
+# %% ../nbs/01_kmeans.ipynb #keops-outcome
+_PATIENCE = 300  # seconds that KeOps may take to compile and answer
+
+
+def _outcome(words, seconds):  # of a command: what went wrong, or nothing
+    path = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    how = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    with subprocess.Popen(words, env=os.environ | path, **how) as process:
+        try:
+            said = process.communicate(timeout=seconds)[1].strip()
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # and the compiler that it started
+            return f"no answer in {seconds} seconds"
+    if process.returncode < 0:
+        return f"its process died of {signal.Signals(-process.returncode).name}"
+    return said.split("\n")[-1] if process.returncode else ""
+
+# %% ../nbs/01_kmeans.ipynb #keops-folder
+def _digest(*values):
+    return hashlib.sha256(repr(values).encode()).hexdigest()[:12]
+
+
+def _keops_folder():  # for what KeOps compiles with these versions and this compiler, in this user's hands
+    versions = [version(package) for package in ("pykeops", "torch")]
+    compiler = [os.environ.get(name) for name in ("CXX", "CXXFLAGS")]
+    name = f"deepkmeans-keops-{os.getuid()}-{_digest(sys.version, versions, compiler)}"
+    folder = _own_folder(Path(tempfile.gettempdir()) / name)
+    os.environ.setdefault("KEOPS_CACHE_FOLDER", str(folder))
+    return folder
+
+# %% ../nbs/01_kmeans.ipynb #keops-tried
+def _tried(folder, d, top, device):  # what went wrong when it was tried, now or by another process
+    card = torch.cuda.get_device_name(device) if "cuda" in device else device
+    told = folder / f"trial-{_digest(d, top, card)}"
+    if not told.exists():
+        program = f"from deepkmeans.kmeans import _keops_trial; _keops_trial({d}, {top}, {device!r})"
+        told.write_text(_outcome([sys.executable, "-c", program], _PATIENCE))
+    return told.read_text()
+
 # %% ../nbs/01_kmeans.ipynb #keops-works
 @lru_cache(None)
-def _keops_works(d, top, device):
-    # compile in a folder of this process group, one process at a time; whatever goes wrong is reported, not raised
+def _keops_fault(d, top, device):  # why it cannot be used, or nothing; one process at a time compiles
     try:
         import fcntl
 
-        folder = _own_folder(Path(tempfile.gettempdir()) / f"deepkmeans-keops-{os.getuid()}-{os.getpgrp()}")
-        os.environ.setdefault("KEOPS_CACHE_FOLDER", str(folder))
+        folder = _keops_folder()
         with open(folder / "lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            return bool((_keops_search(torch.zeros(2, d, device=device), torch.zeros(2, d, device=device), top) >= 0).all())
+            fault = _tried(folder, d, top, device)
+            if not fault:
+                _keops_search(torch.zeros(2, d, device=device), torch.zeros(2, d, device=device), top)
+            return fault and f"{fault}; set CXX to another C++ compiler, or remove {folder} to have it tried again"
     except Exception as error:
-        warnings.warn(f"backend='keops' does not work here ({type(error).__name__}: {error}); using 'torch'", stacklevel=2)
-        return False
+        return f"{type(error).__name__}: {error}"
 
 # %% ../nbs/01_kmeans.ipynb #search-keops-code
 def _search_keops(codebook, top):
-    if not _keops_works(codebook.shape[1], top, str(codebook.device)):
+    fault = _keops_fault(codebook.shape[1], top, str(codebook.device))
+    if fault:
+        warnings.warn(f"backend='keops' does not work here ({fault}); using 'torch'", stacklevel=2)
         return _search_torch(codebook, top)
     return lambda queries: _keops_search(queries.contiguous(), codebook, top)  # (m, top)
 
+# %% ../nbs/01_kmeans.ipynb #search-triton
+_LONGEST = 64  # numbers in a row, for `triton`
 
-_SEARCH = {"torch": _search_torch, "faiss": _search_faiss, "keops": _search_keops, "tree": _search_tree}
+
+def _search_triton(codebook, top):
+    from deepkmeans.triton_kernels import nearest
+
+    return lambda queries: nearest(queries, codebook, top)  # (m, top)
+
+# %% ../nbs/01_kmeans.ipynb #searches
+_SEARCH = {"torch": _search_torch, "faiss": _search_faiss, "keops": _search_keops, "triton": _search_triton,
+           "tree": _search_tree}
 
 # %% ../nbs/01_kmeans.ipynb #search-sure
 def _search_line(codebook):  # scaled numbers, and centres (k, 1): the two between which each number lies
@@ -237,7 +301,7 @@ def _error(name, squares, norms, d):  # of a squared distance, as a search in fl
     u = 2.0**-bits
     distances = squares.sqrt()
     reach = 2 * norms + distances  # at least ‖x‖ + ‖c‖
-    if name in ("tree", "keops"):
+    if name in ("tree", "triton", "keops"):
         return u * (2 * distances * reach + (d + 4) * squares) + 1e-37
     return u * (d + 5) * reach.square() + 1e-37  # what underflows to zero
 
@@ -496,7 +560,7 @@ def _seed_plusplus(space, k, generator):
     return torch.as_tensor(chosen, device=x.device)
 
 # %% ../nbs/01_kmeans.ipynb #check
-BACKENDS = ("auto", "torch", "faiss", "keops", "tree", "exact")
+BACKENDS = ("auto", "torch", "faiss", "triton", "keops", "tree", "exact")
 
 
 class _View:  # of an array that may be read-only, which PyTorch warns of; nothing here writes to it
@@ -570,8 +634,13 @@ def _whole(value, name):  # an int, of whatever library
     except TypeError:
         raise ValueError(f"{name}={value!r} must be a whole number") from None
 
+# %% ../nbs/01_kmeans.ipynb #compiles-for
+def _compiles_for(rows):  # Triton, which interprets its kernels on the CPU where it is told to before it is imported
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return rows.shape[1] <= _LONGEST and (rows.is_cuda or interpreted)
+
 # %% ../nbs/01_kmeans.ipynb #auto
-_NEEDS = {"faiss": "faiss", "tree": "numba", "exact": "numba"}
+_NEEDS = {"faiss": "faiss", "tree": "numba", "exact": "numba", "triton": "triton"}
 
 
 def _wanted(rows, k, warm, whole):  # what `auto` would like, best first
@@ -579,8 +648,8 @@ def _wanted(rows, k, warm, whole):  # what `auto` would like, best first
     if d == 1 and whole and not warm:
         yield "exact"
     if rows.device.type != "cpu":
-        if n * k >= 2**30 and _available("pykeops"):
-            yield "keops"
+        if _compiles_for(rows):
+            yield "triton"
     else:
         if whole and (d <= 6 or k <= (1024 if d < 10 else 512)) and not _too_large(n, d):
             yield "tree"
@@ -601,9 +670,11 @@ def _backend(name, rows, k, warm, whole=True):
     if name == "auto":
         return _auto(rows, k, warm, whole)
     if name in ("tree", "exact") and not whole:
-        raise ValueError(f"backend={name!r} needs all rows in one process; with a group take 'torch', 'faiss' or 'keops'")
+        raise ValueError(f"backend={name!r} needs all rows in one process; with a group take 'torch', 'faiss', 'triton' or 'keops'")
     if name in ("faiss", "tree") and rows.device.type != "cpu":
         raise ValueError(f"backend={name!r} needs rows on the CPU, they are on {rows.device}")
+    if name == "triton" and not _compiles_for(rows):
+        raise ValueError(f"backend='triton' needs rows of at most {_LONGEST} numbers on CUDA, not ({len(rows)}, {rows.shape[1]}) on {rows.device}")
     if name == "exact" and rows.shape[1] != 1:
         raise ValueError(f"backend='exact' needs rows of length 1, not {rows.shape[1]}")
     if not _available(_NEEDS.get(name, "torch")):

@@ -4,6 +4,7 @@ It shows where tensors lie. Its kernels, numbers and speed are a CPU's, so that 
 """
 import threading
 from contextlib import contextmanager
+from importlib import import_module
 
 import pytest
 import torch
@@ -129,6 +130,8 @@ def pretended_cuda():
             patch.setattr(torch.cuda, name, does)
         for name in ("_cuda_graph_capture_health_check", "_accelerator_graph_capture_health_check"):  # its name in older and newer releases
             patch.setattr(torch.optim.Optimizer, name, lambda self: None, raising=False)
+        engine = import_module("deepkmeans.kmeans")
+        patch.setattr(engine, "_compiles_for", lambda rows: False)  # Triton: it is no real device
         patch.setattr(torch, "autocast", _Autocast)
         patch.setattr(threading.Thread, "run", run_within)
         torch.__future__.set_swap_module_params_on_conversion(True)

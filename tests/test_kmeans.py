@@ -1,9 +1,12 @@
 """Properties of the k-means engine that hold for every back end."""
 import importlib
+import os
 import subprocess
 import sys
 import threading
+import time
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -299,23 +302,90 @@ def test_auto_does_without(without):
     assert found.inertia == kmeans(normal(3000, 3), 100, max_iter=5, backend="torch").inertia
 
 
-def test_keops_that_does_not_work(monkeypatch):
-    def broken(*_):
-        raise RuntimeError("no compiler")
+CRASH = "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"
+HANG = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
 
-    module._keops_works.cache_clear()
-    monkeypatch.setattr(module, "_keops_search", broken)
+
+@pytest.fixture
+def keops(tmp_path, monkeypatch):  # a library in the place of KeOps
+    monkeypatch.setattr(module.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(module, "version", lambda package: "0")
+    monkeypatch.delenv("KEOPS_CACHE_FOLDER", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    module._keops_fault.cache_clear()
+
+    def replace(source):
+        (tmp_path / "pykeops").mkdir(exist_ok=True)
+        (tmp_path / "pykeops" / "__init__.py").write_text(f"open({str(tmp_path / 'tried')!r}, 'a').write('.')\n{source}")
+    yield replace
+    module._keops_fault.cache_clear()
+    monkeypatch.delenv("KEOPS_CACHE_FOLDER", raising=False)
+
+
+@pytest.mark.skipif("pykeops" in sys.modules, reason="KeOps was imported into this process")
+@pytest.mark.parametrize("source, said", [(CRASH, "its process died of SIGSEGV; set CXX"), (HANG, "no answer in 6 seconds; set CXX"), ("raise RuntimeError('no compiler')", "RuntimeError: no compiler; set CXX")], ids=["crash", "hang", "error"])
+def test_keops_that_does_not_work_stays_in_a_child(keops, tmp_path, monkeypatch, source, said):
+    keops(source)
+    monkeypatch.setattr(module, "_PATIENCE", 6)
+    rows, began = normal(200, 3), time.monotonic()
+    for _ in range(2):  # the second from what the first kept
+        with pytest.warns(UserWarning, match=f"backend='keops' does not work here .{said}.*using 'torch'"):
+            found = encode(rows, rows[:9], backend="keops")
+        module._keops_fault.cache_clear()
+    assert torch.equal(found[0], encode(rows, rows[:9], backend="torch")[0]) and time.monotonic() - began < 30
+    assert (tmp_path / "tried").read_text() == ".", "one process has tried it, once"
+
+
+WRONG = """
+import torch
+class LazyTensor:
+    def __init__(self, x): pass
+    __sub__ = square = sum = lambda self, *_: self
+    def argKmin(self, top, dim): return torch.zeros(50, top, dtype=torch.int64)
+"""
+
+
+def test_keops_that_finds_the_wrong_centres_is_declined(keops, tmp_path):
+    keops("def set_verbose(value): pass")
+    (tmp_path / "pykeops" / "torch.py").write_text(WRONG)
     rows = normal(200, 3)
-    with pytest.warns(UserWarning, match="backend='keops' does not work here .*no compiler.*using 'torch'"):
-        found = kmeans(rows, 9, backend="keops")
-    assert found.inertia == kmeans(rows, 9, backend="torch").inertia
-    module._keops_works.cache_clear()
+    with pytest.warns(UserWarning, match="it does not find the nearest centres; set CXX"):
+        encode(rows, rows[:9], backend="keops")
+
+
+INTERPRETED = """
+import sys, torch, deepkmeans
+from deepkmeans.triton_kernels import nearest
+draw = torch.Generator().manual_seed(0)
+for n, k, d in ((300, 70, 3), (1, 2, 1), (65, 64, 9), (130, 129, 27), (50, 3, 64)):
+    rows, centres = (torch.randn(size, d, generator=draw) for size in (n, k))
+    least = torch.cdist(rows.double(), centres.double()).topk(2, largest=False).indices
+    for top in (1, 2):
+        assert torch.equal(nearest(rows, centres, top), least[:, :top]), (n, k, d, top)
+rows = torch.randn(400, 3, generator=draw)
+ours, theirs = (deepkmeans.kmeans(rows, 30, backend=backend) for backend in ("triton", "torch"))
+assert ours.inertia == theirs.inertia and torch.equal(ours.codes, theirs.codes)
+twice = torch.tensor([[2.0], [1.0], [1.0], [3.0]])
+assert nearest(torch.tensor([[1.1]]), twice, 2).sort().values.tolist() == [[1, 2]]
+"""
+
+
+def test_the_triton_kernel_interpreted_on_the_cpu_finds_what_float64_finds():
+    pytest.importorskip("triton")
+    done = subprocess.run([sys.executable, "-c", INTERPRETED], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_triton_on_the_cpu_says_what_it_needs():
+    pytest.importorskip("triton")
+    with pytest.raises(ValueError, match="needs rows of at most 64 numbers on CUDA, not .200, 3. on cpu"):
+        kmeans(normal(200, 3), 9, backend="triton")
 
 
 # --- promises about the surroundings -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", [b for b in BACKENDS if b not in ("keops", "exact")])
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b not in ("keops", "triton", "exact")])
 @pytest.mark.parametrize("init", ["k-means++", "random"])
 def test_global_random_state_is_untouched(backend, init):
     before = torch.get_rng_state().clone(), np.random.get_state()[1].copy()
