@@ -46,7 +46,7 @@ def _nearest(rows, centres, codes, n, k, D: tl.constexpr, TOP: tl.constexpr, M: 
 
 # %% ../nbs/51_triton_kernels.ipynb #nearest
 #| eval: false
-TILE = dict(M=64, K=64, num_warps=4)  # rows and lanes of a program, and its groups of 32 threads
+TILE = dict(M=32, K=64, num_warps=4)  # rows and lanes of a program, and its groups of 32 threads
 
 
 def nearest(

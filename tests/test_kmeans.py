@@ -378,7 +378,7 @@ def test_the_triton_kernel_interpreted_on_the_cpu_finds_what_float64_finds():
 
 def test_triton_on_the_cpu_says_what_it_needs():
     pytest.importorskip("triton")
-    with pytest.raises(ValueError, match="needs rows of at most 64 numbers on CUDA, not .200, 3. on cpu"):
+    with pytest.raises(ValueError, match="needs rows of at most 10 numbers on CUDA, not .200, 3. on cpu"):
         kmeans(normal(200, 3), 9, backend="triton")
 
 
