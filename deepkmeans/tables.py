@@ -313,24 +313,23 @@ def verdicts(
 
 # %% ../nbs/32_tables.ipynb #headline
 def headline(
-    frame, # as `compare` gives it
-    table, # its number in the paper
+    table, # a `Table`
+    frame, # as `compared` gives it
     setting, # network, data, baseline, in words
     at, # the nominal ratio that is shown
-    root=".", # root of the repository
 ):
     """Put a table's line into the README, the paper's numbers in brackets.
 
     It says what sharing alone, re-training, its control and the best other method lose. Raises `ValueError` where the
     README has no line for this table.
     """
-    page = repository(root) / "README.md"
-    mark = f"| Table {table} |"
+    page = repository(table.given["root"]) / "README.md"
+    mark = f"| Table {table.number} |"
     text = page.read_text()
     if mark not in text:
         raise ValueError(f"README.md has no line that begins with {mark!r}")
     ours = [_loss(frame.loc[f"{method} at {at:g}"]) for method in ("WR", "Deep k-Means", "control")]
-    line = " | ".join([mark.strip("| "), setting, f"{at:g}", *ours, _best_other(frame)])
+    line = " | ".join([mark.strip("| "), f"{setting}, {table.given['protocol']}", f"{at:g}", *ours, _best_other(frame)])
     page.write_text("\n".join(f"| {line} |" if old.startswith(mark) else old for old in text.split("\n")))
 
 # %% ../nbs/32_tables.ipynb #best-other
