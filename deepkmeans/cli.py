@@ -200,7 +200,7 @@ def _card_for(file, images): # the card of a file, when it tells of these images
 # %% ../nbs/40_cli.ipynb #beside-record
 def _beside_record(card, top1): # → data, text
     data = dict(record=card.record, recorded_top1=card.top1, standard_error=shelf.standard_error(card))
-    return data, shelf.compare(card, top1)
+    return data, shelf.against_record(card, top1)
 
 # %% ../nbs/40_cli.ipynb #list
 def _list(args):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FIGURES', 'NAMED', 'LICENCE', 'ELSEWHERE', 'networks', 'find', 'hint', 'Card', 'cards', 'table', 'card_of',
-           'standard_error', 'compare']
+           'standard_error', 'against_record']
 
 # %% ../nbs/14_shelf.ipynb #imports
 import json
@@ -127,8 +127,8 @@ def standard_error(
     p = card.top1 / 100
     return 100 * sqrt(p * (1 - p) / card.images)
 
-# %% ../nbs/14_shelf.ipynb #compare
-def compare(
+# %% ../nbs/14_shelf.ipynb #against-record
+def against_record(
     card: Card,
     top1: float, # the accuracy that was measured on the same test images, percent
 ) -> str: # "equal to …", or by how many images they differ
