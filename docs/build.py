@@ -1,7 +1,8 @@
 """Build the documentation from the notebooks, without Quarto and without network: `python docs/build.py [FOLDER]`.
 
-The pages are laid out as the files of the repository are, so that one relative link serves the site, JupyterLab and a code host. Pages of the API come from the
-exported cells: signature, comments of the parameters, docstring, and a link to the cell.
+The pages are laid out as the files of the repository are, so that one relative link serves the site, JupyterLab and a
+code host. Pages of the API come from the exported cells: signature, comments of the parameters, docstring, and a link
+to the cell.
 """
 
 import ast
@@ -21,18 +22,13 @@ ROOT = Path(__file__).parent.parent
 SECTIONS = {  # caption: patterns of its pages, in their order
     "Get started": ["nbs/index.ipynb", "nbs/tutorials/*.ipynb", "nbs/retrain.ipynb"],
     "Method": ["nbs/[013-9]*_*.ipynb"],
-    "The paper": [
-        "figures/README.md",
-        "figures/networks/README.md",
-        "nbs/paper/*.ipynb",
-    ],  # and every notebook of nbs/ that no section names
+    # and every notebook of nbs/ that no section names
+    "The paper": ["figures/README.md", "figures/networks/README.md", "nbs/paper/*.ipynb"],
     "Baselines": ["nbs/2*_*.ipynb"],
     "Reference": ["nbs/benchmarks*.ipynb", "api/index.md", "nbs/file_format.ipynb", "docs/*.md", "CHANGELOG.md"],
 }
-TITLES = {
-    "nbs/index.ipynb": "Overview",
-    "nbs/benchmarks.ipynb": "Benchmarks",
-}  # shorter in the navigation than on the page
+# shorter in the navigation than on the page
+TITLES = {"nbs/index.ipynb": "Overview", "nbs/benchmarks.ipynb": "Benchmarks"}
 RESULTS_FIRST = ("nbs/paper/", "nbs/benchmarks", "nbs/tutorials/evidence")  # pages whose code is folded
 
 
@@ -57,9 +53,9 @@ def directives(source):
     return [line.split()[0].rstrip(":") for line in re.findall(r"^#\| *(\S.*)$", source, re.M)]
 
 
-def page(
-    path, name, links
-):  # the notebook at `path` as the site shows it; `name` is its path in the repository, `links` what a name in backticks leads to
+# The notebook at `path` as the site shows it; `name` is its path in the repository, `links` what a name in backticks
+# leads to.
+def page(path, name, links):
     notebook = json.loads(path.read_text())
     notebook["metadata"]["language_info"] = {"name": "python", "pygments_lexer": "ipython3"}
     shown = []
@@ -92,12 +88,12 @@ def page(
                 *["hide-input"] * bool(folded),
             ]
             cell["source"] = re.sub(r"^#\|.*\n?", "", cell["source"], flags=re.M)
+            # without progress bars
             cell["outputs"] = [
                 o for o in cell["outputs"] if not (o.get("name") == "stderr" and "\r" in "".join(o["text"]))
-            ]  # progress bars
-            if (
-                folded and shown[-1]["cell_type"] == "code" and not shown[-1]["outputs"]
-            ):  # one fold for code that follows code
+            ]
+            # one fold for code that follows code
+            if folded and shown[-1]["cell_type"] == "code" and not shown[-1]["outputs"]:
                 cell["source"] = shown.pop()["source"].rstrip() + "\n\n\n" + cell["source"]
         shown.append(cell)
     if name.startswith(RESULTS_FIRST):
@@ -114,9 +110,8 @@ def label(name, cell):
     return f"{Path(name).stem}-{cell['id']}"
 
 
-def linked(
-    text, links
-):  # `share` → a link to its page in the API, but for code blocks, headings and the text of other links
+# `share` → a link to its page in the API, but for code blocks, headings and the text of other links
+def linked(text, links):
     parts = re.split(r"(^```\w.*?^```$|^#[^\n]*$)", text, flags=re.S | re.M)
     parts[::2] = [re.sub(r"(?<![\[`])`(\w+)`(?![\]`])", lambda m: links.get(m[1], m[0]), part) for part in parts[::2]]
     return "".join(parts)
@@ -155,13 +150,9 @@ def described(node, source, place):  # a definition as a directive of Sphinx's P
             if isinstance(n, ast.FunctionDef) and not n.name.startswith("_") and ast.get_docstring(n)
         ]
         init = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
-        arguments = (
-            f"({signature(init, skip=1)})"
-            if init
-            else f"({', '.join(ast.unparse(f) for f in fields(node))})"
-            if fields(node)
-            else ""
-        )
+        arguments = f"({', '.join(ast.unparse(f) for f in fields(node))})" if fields(node) else ""
+        if init:
+            arguments = f"({signature(init, skip=1)})"
         text = [prose(node), table(parameters(init, source) if init else field_rows(node, source)), place]
         return directive("class", node.name + arguments, *text, *[method(n, source) for n in inside])
     if isinstance(node, ast.FunctionDef):
@@ -207,9 +198,8 @@ def prose(node):
     return inspect.cleandoc(ast.get_docstring(node) or "")
 
 
-def parameters(
-    node, source
-):  # [(name, default, comment)] of those that have a comment on a line of their own, and of what is returned
+# [(name, default, comment)] of those that have a comment on a line of their own, and of what is returned
+def parameters(node, source):
     notes, last = comments(source), header_end(node, source)
     rows = [
         (f"`{a.arg}`", f"`{ast.unparse(default)}`" if default else "", notes.get(a.lineno, ""))
@@ -276,7 +266,8 @@ def write_api(root, stage, links):
     for name, (path, exported) in pages.items():
         chapter = path.relative_to(root)
         title, _, about = cells(path, "markdown")[0]["source"].partition("\n")
-        head = f"# {name}\n\n{about.strip()}\n\nThe chapter: [{title.strip('# ')}](../{chapter}).\n\n```{{py:module}} deepkmeans.{name}\n```"
+        chapter_link = f"The chapter: [{title.strip('# ')}](../{chapter})."
+        head = f"# {name}\n\n{about.strip()}\n\n{chapter_link}\n\n```{{py:module}} deepkmeans.{name}\n```"
         text = [described(n, c["source"], f"[source](#{label(chapter, c)})") for c, nodes in exported for n in nodes]
         (stage / "api" / f"{name}.md").write_text(linked("\n\n".join([head, *text]), links) + "\n")
         rows += [
@@ -290,7 +281,8 @@ def write_api(root, stage, links):
 
 API = """# API
 
-All of these come with `import deepkmeans as dk`, but for the baselines: `from deepkmeans.baselines.car import greedy`. Every wrong argument is a `ValueError` that names the argument, its value and the bound.
+All of these come with `import deepkmeans as dk`, but for the baselines: `from deepkmeans.baselines.car import greedy`.
+Every wrong argument is a `ValueError` that names the argument, its value and the bound.
 
 | name | module | |
 |---|---|---|
@@ -326,10 +318,15 @@ def public_names(path):  # of a module
 
 
 def navigation(stage):  # toctrees for the front page
-    found = lambda pattern: sorted(p.relative_to(stage).as_posix() for p in stage.glob(pattern))
+    def found(pattern):
+        return sorted(p.relative_to(stage).as_posix() for p in stage.glob(pattern))
+
     pages = {caption: [p for pattern in patterns for p in found(pattern)] for caption, patterns in SECTIONS.items()}
     pages["The paper"] += sorted(set(found("nbs/*.ipynb")) - {p for section in pages.values() for p in section})
-    entry = lambda p: f"{TITLES[p]} <{p}>" if p in TITLES else p
+
+    def entry(page):
+        return f"{TITLES[page]} <{page}>" if page in TITLES else page
+
     return "\n\n".join(
         f"```{{toctree}}\n:hidden:\n:caption: {caption}\n\n" + "\n".join(map(entry, section)) + "\n```"
         for caption, section in pages.items()
@@ -345,9 +342,8 @@ def stage_pages(root, stage):
         (stage / name).write_text(page(path, name, links))
     shutil.copytree(root / "figures", stage / "figures")
     gallery = stage / "figures" / "README.md"
-    gallery.write_text(
-        re.sub(r"\[(\w+\.md)\]\(\1\)", r"{download}`\1`", gallery.read_text())
-    )  # Sphinx takes a link to Markdown for a page
+    # Sphinx takes a link to Markdown for a page
+    gallery.write_text(re.sub(r"\[(\w+\.md)\]\(\1\)", r"{download}`\1`", gallery.read_text()))
     (stage / "docs").mkdir()
     for path in (*(root / "docs").glob("*.md"), root / "CHANGELOG.md"):
         (stage / path.relative_to(root)).write_text(linked(path.read_text(), links))
@@ -371,21 +367,8 @@ def build(root=ROOT, out=None):
     out = Path(out or root / "docs" / "_build")
     stage_pages(root, out / "source")
     static = f"html_static_path={out / 'source' / '_static'}"
-    return build_main(
-        [
-            "-q",
-            "-W",
-            "--keep-going",
-            "-c",
-            str(root / "docs"),
-            "-D",
-            static,
-            "-d",
-            str(out / "doctrees"),
-            str(out / "source"),
-            str(out / "html"),
-        ]
-    )
+    places = ["-c", str(root / "docs"), "-d", str(out / "doctrees"), str(out / "source"), str(out / "html")]
+    return build_main(["-q", "-W", "--keep-going", "-D", static, *places])
 
 
 if __name__ == "__main__":

@@ -81,9 +81,12 @@ def engine_fault(rows, k, options):
     if codebook.dtype != rows.dtype or not np.isfinite(codebook).all():
         return f"a codebook of {codebook.dtype} {codebook.min()} … {codebook.max()}"
     if not (own <= least * (1 + ROUNDING))[free].all():
-        return f"{(own > least * (1 + ROUNDING))[free].sum()} codes are not the nearest, up to {float(np.sqrt(np.nanmax((own / least)[free]))):.3g} times as far"
+        wrong = (own > least * (1 + ROUNDING))[free].sum()
+        farther = float(np.sqrt(np.nanmax((own / least)[free])))
+        return f"{wrong} codes are not the nearest, up to {farther:.3g} times as far"
     if len(codebook) != min(k, distinct) or not np.bincount(codes, minlength=len(codebook)).all():
-        return f"{len(codebook)} centres for k = {k} and {distinct} distinct rows, rows a centre: {np.bincount(codes).tolist()}"
+        held = np.bincount(codes).tolist()
+        return f"{len(codebook)} centres for k = {k} and {distinct} distinct rows, rows a centre: {held}"
     if np.isfinite(found.inertia) and 1e-290 < inertia < 1e290 and abs(found.inertia / inertia - 1) > 1e-9:
         return f"inertia {found.inertia}, should be {inertia}"
     if codes.size and (encode(rows, codebook, options["backend"])[0].numpy() != codes)[free].any() and not pinned:
@@ -92,9 +95,8 @@ def engine_fault(rows, k, options):
             return "encode does not find the nearest"
 
 
-def costs(
-    values, weight
-):  # (n, n + 1) long double: cost[i, j] of values[i:j] as one cluster, without a subtraction but of values
+# (n, n + 1) long double: cost[i, j] of values[i:j] as one cluster, without a subtraction but of values
+def costs(values, weight):
     n = len(values)
     cost = np.zeros((n, n + 1), LONG)
     for i in range(n):

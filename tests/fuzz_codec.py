@@ -1,4 +1,7 @@
-"""Attacks on the reader of compressed files. `python tests/fuzz_codec.py 1000000 figures/codec_fuzz.json` makes so many and writes what became of them."""
+"""Attacks on the reader of compressed files.
+
+`python tests/fuzz_codec.py 1000000 figures/codec_fuzz.json` makes so many and writes what became of them.
+"""
 
 import json
 import random
@@ -214,9 +217,7 @@ def retype(data, rng):  # tensors or centres of another type: as many bytes, so 
     now = rng.choice(list(size))
     entry = header[old] | {"dtype": now}
     entry["shape"] = [(entry["data_offsets"][1] - entry["data_offsets"][0]) // size[now]]
-    header = {
-        f"{kind}.{now}" if name == old else name: entry if name == old else value for name, value in header.items()
-    }
+    header = dict((f"{kind}.{now}", entry) if name == old else (name, value) for name, value in header.items())
     if kind == "tensors":
         tables["tensors"] = {now if name == was else name: value for name, value in tables["tensors"].items()}
     else:
@@ -255,9 +256,8 @@ def blow(data, rng):  # a layer of few clusters that is far larger than its file
 DAMAGE, FORGERY = (flip, cut, splice, length), (field, swap, offsets, content, fill, retype, crowd, blow)
 
 
-def read(
-    path, model
-):  # everything that a reader can do; each is tried, for one may take what another refuses → seconds of the slowest
+# Everything that a reader can do; each is tried, for one may take what another refuses → seconds of the slowest.
+def read(path, model):
     refused, seconds = [], 0.0
     for reader in (
         lambda: load_compressed(path, model),
@@ -297,10 +297,8 @@ def attack(kind, data, model, rng, path, made):  # → "refused" or "read", seco
 def fuzz(count, batch=250):  # → record
     torch.set_num_threads(1)
     found, slowest, files, made, first = Counter(), 0.0, targets(), set(), 0
-    (
-        build("googlenet", seed=None),
-        build("torchvision:vit_h_14", seed=None),
-    )  # what is imported at first use takes its time once
+    for name in ("googlenet", "torchvision:vit_h_14"):
+        build(name, seed=None)  # what is imported at first use takes its time once
     with TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
         path = Path(folder) / "bad.dkm"
         for data, model in files:

@@ -1,4 +1,4 @@
-"""A device named cuda in the memory of the CPU: where tensors of two devices would meet on a GPU and fail, they fail on it too.
+"""A device named cuda in the memory of the CPU: where tensors of two devices would meet on a GPU and fail, they do too.
 
 It shows where tensors lie. Its kernels, numbers and speed are a CPU's, so that it says nothing about CUDA itself.
 """
@@ -49,26 +49,27 @@ def _on(tensor):
     return isinstance(tensor, OnDevice)
 
 
-def _check(
-    func, args, tensors
-):  # scalars may come from anywhere; so may the indices into a tensor of the device, and what is copied
+# Scalars may come from anywhere; so may the indices into a tensor of the device, and what is copied.
+def _check(func, args, tensors):
     off = [t for t in tensors if not _on(t) and t.ndim]
     if func in INDEXING:
         off = [t for t in (args[0], *args[2:3]) if not _on(t) and (t.ndim or t is args[0])]
     if off and func is not aten.copy_.default and any(map(_on, tensors)):
-        raise RuntimeError(
-            f"Expected all tensors to be on the same device, but found cuda:0 and cpu: {func}, {[(type(t).__name__, tuple(t.shape)) for t in tensors]}"
-        )
+        found = [(type(t).__name__, tuple(t.shape)) for t in tensors]
+        raise RuntimeError(f"Expected all tensors to be on the same device, but found cuda:0 and cpu: {func}, {found}")
 
 
 def _result_on(func, tensors, device):
-    if (
-        device is not None and device.type == "cpu"
-    ):  # autograd, which goes by the real device, asks for what is like a tensor of this one
+    # autograd, which goes by the real device, asks for what is like a tensor of this one
+    if device is not None and device.type == "cpu":
         return torch._C._current_graph_task_id() != -1 or (func is aten._to_copy.default and _on(tensors[0]))
     if device is not None:
         return device.type == "cuda"
     return _on(tensors[0]) if func is aten.copy_.default else any(map(_on, tensors))
+
+
+def _held(t):
+    return t.held if _on(t) else t
 
 
 def _run(func, args, kwargs):
@@ -78,16 +79,18 @@ def _run(func, args, kwargs):
     on = _result_on(func, tensors, device)
     if on and device is not None:
         kwargs = kwargs | {"device": torch.device("cpu")}
-    held = lambda t: t.held if _on(t) else t
-    out = func(*tree_map(held, args), **tree_map(held, kwargs))
-    if (
-        func is aten.convolution_backward.default
-    ):  # else autograd makes a gradient of the weights' layout by itself, on the real device
+    out = func(*tree_map(_held, args), **tree_map(_held, kwargs))
+    # else autograd makes a gradient of the weights' layout by itself, on the real device
+    if func is aten.convolution_backward.default:
         out = tuple(t if t is None else t.contiguous() for t in out)
     known = {id(t.held): t for t in tensors if _on(t)}  # what is changed in place comes back as itself
-    return tree_map(
-        lambda t: known[id(t)] if id(t) in known else OnDevice(t) if on and isinstance(t, torch.Tensor) else t, out
-    )
+
+    def returned(t):
+        if id(t) in known:
+            return known[id(t)]
+        return OnDevice(t) if on and isinstance(t, torch.Tensor) else t
+
+    return tree_map(returned, out)
 
 
 class _Device(TorchDispatchMode):
@@ -153,10 +156,8 @@ def pretended_cuda():
             synchronize=lambda *_: None,
         ).items():
             patch.setattr(torch.cuda, name, does)
-        for name in (
-            "_cuda_graph_capture_health_check",
-            "_accelerator_graph_capture_health_check",
-        ):  # its name in older and newer releases
+        # its name in older and newer releases
+        for name in ("_cuda_graph_capture_health_check", "_accelerator_graph_capture_health_check"):
             patch.setattr(torch.optim.Optimizer, name, lambda self: None, raising=False)
         engine = import_module("deepkmeans.kmeans")
         patch.setattr(engine, "_compiles_for", lambda rows: False)  # Triton: it is no real device

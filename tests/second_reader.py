@@ -1,4 +1,7 @@
-"""A second reader of compressed files, written from nbs/file_format.ipynb alone: it knows neither the package nor its entropy coder."""
+"""A second reader of compressed files, written from nbs/file_format.ipynb alone.
+
+It knows neither the package nor its entropy coder.
+"""
 
 import json
 import struct

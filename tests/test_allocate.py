@@ -1,4 +1,4 @@
-"""The allocator on whole networks: it reaches what it is asked for, repeats itself, and what it did not choose is worse."""
+"""The allocator on whole networks: it reaches what it is asked for, repeats itself, and what it left is worse."""
 
 import copy
 import random

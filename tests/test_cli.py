@@ -24,7 +24,9 @@ import os, signal, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from torch import nn
 
-def small(num_classes=10, width=6): return nn.Sequential(nn.Conv2d(1, width, 3), nn.ReLU(), nn.ConvTranspose2d(width, 4, 3), nn.Flatten(), nn.Linear(256, num_classes))
+def small(num_classes=10, width=6):
+    convolutions = nn.Conv2d(1, width, 3), nn.ReLU(), nn.ConvTranspose2d(width, 4, 3)
+    return nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(256, num_classes))
 def number(): return 7
 def broken(): return 1 / 0
 
@@ -100,10 +102,8 @@ def test_compress_reads_every_kind_of_checkpoint(checkpoint, here, capsys):
 
 
 def test_inspect_and_decompress_agree_with_the_library(here, capsys):
-    run(
-        "compress lenet.safetensors --arch lenet5 --rate 0.02 --first 10 --sparsity 0.3 --codebook float16 --exclude conv1 -o half.dkm",
-        capsys,
-    )
+    options = "--rate 0.02 --first 10 --sparsity 0.3 --codebook float16 --exclude conv1"
+    run(f"compress lenet.safetensors --arch lenet5 {options} -o half.dkm", capsys)
     code, out, _ = run("inspect half.dkm", capsys)
     assert code == 0 and "conv2" in out and "F16" in out and f"{inspect('half.dkm').bytes:,} bytes" in out
     assert (
@@ -124,10 +124,9 @@ def test_tables_are_broken_at_the_width_of_a_terminal(here, capsys, monkeypatch)
     run("compress lenet.safetensors --arch lenet5 --K 8 -o out.dkm", capsys)
     assert max(map(len, run("inspect out.dkm", capsys)[1].splitlines())) > 60
     monkeypatch.setenv("COLUMNS", "60")
-    for stream in (
-        sys.stderr,
-        sys.__stdout__,
-    ):  # what a library prints goes to the standard error, so the program writes its table with that in the place of the output
+    # what a library prints goes to the standard error, so the program writes its table with that in the place of the
+    # output
+    for stream in (sys.stderr, sys.__stdout__):
         monkeypatch.setattr(stream, "isatty", lambda: True)
     for line in ("inspect out.dkm", "energy out.dkm"):
         table = run(line, capsys)[1].splitlines()[2:]
@@ -281,9 +280,8 @@ def test_the_program_itself(root, here):
     started = subprocess.run(
         [*program, *"compress lenet.pt --arch mine:interrupted --K 4 -o x.dkm".split()], capture_output=True, text=True
     )
-    assert started.returncode == 130 and time.time() - float(started.stderr) < 5, (
-        started.stderr
-    )  # of which the program takes half a second
+    assert started.returncode == 130
+    assert time.time() - float(started.stderr) < 5, started.stderr  # of which the program takes half a second
     done = subprocess.run([*program, "inspect", "program.dkm"], capture_output=True, text=True)
     assert (
         done.returncode == 1 and done.stdout == "" and "Traceback" not in done.stderr and "program.dkm" in done.stderr
@@ -360,10 +358,8 @@ def mine_small(folder, **options):  # the network of the user's own module
 
 def test_ones_own_network_goes_the_whole_way(here, capsys):
     save_file(mine_small(here, width=8).state_dict(), "own.safetensors")
-    code, out, err = run(
-        "compress own.safetensors --arch mine:small --option width=8 --K 3 --include ConvTranspose2d --include Linear --data digits -o own.dkm --json",
-        capsys,
-    )
+    options = "--option width=8 --K 3 --include ConvTranspose2d --include Linear --data digits --json"
+    code, out, err = run(f"compress own.safetensors --arch mine:small {options} -o own.dkm", capsys)
     found = json.loads(out)
     assert (
         code == 0
@@ -400,12 +396,8 @@ def test_images_that_a_network_does_not_take_are_named(here, capsys, tmp_path):
 
 
 def test_what_is_said_of_the_size_is_that_of_the_file(here, capsys):
-    found = json.loads(
-        run(
-            "compress lenet.pt --arch lenet5 --K 8 --include Conv2d --include Linear --codebook float16 -o half.dkm --json",
-            capsys,
-        )[1]
-    )
+    options = "--K 8 --include Conv2d --include Linear --codebook float16 --json"
+    found = json.loads(run(f"compress lenet.pt --arch lenet5 {options} -o half.dkm", capsys)[1])
     assert (
         found["bytes"] == Path("half.dkm").stat().st_size
         and found["dense_bytes"] == 4 * 431_080

@@ -42,7 +42,7 @@ from deepkmeans.sharing import CONVOLUTIONS, share_layer, shared_layers
 
 
 class Odd(nn.Module):
-    """Grouped, dilated, transposed and 1×1 convolutions, a layer used twice, a tied weight, a parametrized layer, odd buffers."""
+    """All kinds of convolutions, a layer used twice, a tied weight, a parametrized layer, odd buffers."""
 
     def __init__(self):
         super().__init__()
@@ -76,9 +76,8 @@ def shared_odd():
     return net
 
 
-def share_at_random(
-    net, plan
-):  # skewed cluster sizes, and the fraction `sparsity` of rows at zero; k-means would take its time
+# Skewed cluster sizes, and the fraction `sparsity` of rows at zero; k-means would take its time.
+def share_at_random(net, plan):
     rng = np.random.default_rng(0)
     for name, layer in plan.items():
         module = net.get_submodule(name)
@@ -201,8 +200,8 @@ def test_codebooks_of_half_the_size(tmp_path):
     for change, problem in (
         (lambda: codebook[3].fill_(1e5), "is not finite in torch.float16"),
         (lambda: codebook.mul_(1e-9), "is too small for torch.float16: its largest number is"),
-        (lambda: codebook.mul_(1e-6), "is too small"),
-    ):  # of the last, half the digits would be left
+        (lambda: codebook.mul_(1e-6), "is too small"),  # half the digits would be left
+    ):
         change()
         with pytest.raises(ValueError, match=f"'conv2' {problem}"):
             save_compressed(net, tmp_path / "half.dkm", codebook_dtype="float16")
@@ -464,9 +463,8 @@ def test_names_that_no_reader_takes_are_not_written(tmp_path):
 # Files that unpack to more than they seem
 
 
-def bomb(
-    n, ballast
-):  # n weights of one cluster in half precision: a few bytes, and `ballast` that a rule on the ratio would count
+# n weights of one cluster in half precision: a few bytes, and `ballast` that a rule on the ratio would count
+def bomb(n, ballast):
     net = nn.Sequential(nn.Conv2d(1, 4, 3, bias=False))
     net.register_buffer("ballast", torch.zeros(ballast, dtype=torch.uint8))
     share_layer(
@@ -568,9 +566,8 @@ def test_mutated_files_neither_crash_nor_hang_nor_pass(root, tmp_path):
     )
     record = json.loads(record.read_text())
     assert record["files"] >= 2000 and record["slowest_seconds"] < 1
-    assert all(
-        record["kinds"][kind]["read"] <= 2 for kind in ("flip", "cut", "splice", "length")
-    )  # where a random change changed nothing
+    for kind in ("flip", "cut", "splice", "length"):
+        assert record["kinds"][kind]["read"] <= 2  # where a random change changed nothing
 
 
 # Saves that die

@@ -1,4 +1,4 @@
-"""`compress`: the size of the file on disk, the accuracy, and the parts it is made of, each against something that was reckoned apart."""
+"""`compress`: the size of the file on disk, the accuracy, and its parts, each against what was reckoned apart."""
 
 import copy
 

@@ -58,7 +58,10 @@ def epoch(loader, e=0):
 )
 def test_an_epoch_is_a_function_of_seed_and_epoch(n, batch, shuffle, augment, shape, seed, e):
     split, state = split_of(n, shape), torch.get_rng_state()
-    make = lambda: Loader(split, batch, shuffle=shuffle, augment=augment, seed=seed)
+
+    def make():
+        return Loader(split, batch, shuffle=shuffle, augment=augment, seed=seed)
+
     (x, y), (again, labels) = epoch(make(), e), epoch(make(), e)
     assert torch.equal(x, again) and torch.equal(y, labels) and torch.equal(state, torch.get_rng_state())
     assert x.shape == (n, *shape) and torch.equal(y.sort().values, split.labels.sort().values)
@@ -182,7 +185,10 @@ def put(root, table):
 )
 def test_damaged_parquet(case, words, tmp_path):
     good = png(np.arange(16, dtype=np.uint8).reshape(4, 4), tmp_path)
-    rows = lambda second: [{"bytes": good, "path": "a"}, {"bytes": second, "path": "b"}]
+
+    def rows(second):
+        return [{"bytes": good, "path": "a"}, {"bytes": second, "path": "b"}]
+
     put(
         tmp_path,
         {
@@ -267,7 +273,10 @@ original = Image.Image.load
 def test_parquet_columns_that_are_not_used_are_not_read_and_the_others_have_a_bound(tmp_path, monkeypatch):
     monkeypatch.setattr("deepkmeans.data.MAX_BYTES", 10**6)
     good = png(np.zeros((4, 4), np.uint8), tmp_path)
-    images = lambda data, n: {"image": [{"bytes": data, "path": "a"}] * n, "label": [0] * n}
+
+    def images(data, n):
+        return {"image": [{"bytes": data, "path": "a"}] * n, "label": [0] * n}
+
     put(tmp_path, images(good, 3) | {"ballast": [bytes(10**6)] * 3})
     assert len(load("mnist", tmp_path, progress=False).train) == 3
     put(tmp_path, images(good + bytes(10**5), 100))  # ten megabytes which the file names once

@@ -1,4 +1,7 @@
-"""On a GPU: what is on the device stays there and gives what the CPU gives. Where there is none, a pretended one shows that no two devices meet."""
+"""On a GPU: what is on the device stays there and gives what the CPU gives.
+
+Where there is none, a pretended one shows that no two devices meet.
+"""
 
 import warnings
 
@@ -12,9 +15,8 @@ from deepkmeans.kmeans import KMeans, encode, kmeans
 
 REAL = torch.cuda.is_available()
 matplotlib.use("Agg")
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:__array__ implementation:DeprecationWarning"
-)  # of plain tensors, within the pretended device
+# of plain tensors, within the pretended device
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 
 @pytest.fixture

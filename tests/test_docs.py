@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 from html.parser import HTMLParser
-from pathlib import Path
 from urllib.parse import unquote, urldefrag
 
 import pytest
@@ -142,7 +141,8 @@ LOOK = """async () => {
   const formulas = [...document.querySelectorAll('.math')];
   const [r, g, b] = getComputedStyle(document.body).backgroundColor.match(/[0-9]+/g).map(Number);
   return {wide: document.documentElement.scrollWidth - innerWidth, light: (r + g + b) / 765, formulas: formulas.length,
-          raw: formulas.filter(e => !e.querySelector('mjx-container')).length, wrong: document.querySelectorAll('mjx-merror').length,
+          raw: formulas.filter(e => !e.querySelector('mjx-container')).length,
+          wrong: document.querySelectorAll('mjx-merror').length,
           missing: [...document.images].filter(i => i.complete && !i.naturalWidth).map(i => i.src)};
 }"""
 

@@ -16,7 +16,20 @@ from deepkmeans import gallery, tables
 QUICK = dict(data="digits", baseline_epochs=2, epochs=3)
 FEW = dict(data="digits", train_images=128, test_images=64, batch_size=32, baseline_epochs=1, epochs=1, K=8)
 SUITE = [{**QUICK, "method": "deep-k-means", "layer": "conv1", "sizes": [k]} for k in (2, 4, 8)]
-RUNNER = "import json, sys; from deepkmeans.experiments import run; run(sys.argv[1], json.loads(sys.argv[2]), out=sys.argv[3], together='sizes', progress=False)"
+RUNNER = """
+import json, sys
+from deepkmeans.experiments import run
+run(sys.argv[1], json.loads(sys.argv[2]), out=sys.argv[3], together='sizes', progress=False)
+"""
+LATE = """
+import os, pathlib, sys
+tried = pathlib.Path(sys.argv[1])
+first = not tried.exists()
+tried.touch()
+if first:
+    sys.exit('port taken')
+os.execv(sys.executable, [sys.executable, '-m', 'ipykernel_launcher', '-f', sys.argv[2]])
+"""
 
 
 def table(frame):
@@ -85,16 +98,8 @@ def test_the_same_suite_on_dask(small, tmp_path, capsys):
 def test_a_kernel_that_does_not_come_up_gets_another_try(small, tmp_path, monkeypatch):
     spec = tmp_path / "jupyter" / "kernels" / "late"
     spec.mkdir(parents=True)
-    late = "import os, pathlib, sys; tried = pathlib.Path(sys.argv[1]); first = not tried.exists(); tried.touch(); sys.exit('port taken') if first else os.execv(sys.executable, [sys.executable, '-m', 'ipykernel_launcher', '-f', sys.argv[2]])"
-    (spec / "kernel.json").write_text(
-        json.dumps(
-            dict(
-                argv=[sys.executable, "-c", late, str(tmp_path / "tried"), "{connection_file}"],
-                display_name="late",
-                language="python",
-            )
-        )
-    )
+    late = [sys.executable, "-c", LATE, str(tmp_path / "tried"), "{connection_file}"]
+    (spec / "kernel.json").write_text(json.dumps(dict(argv=late, display_name="late", language="python")))
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
     book = json.loads(small.read_text())
     book["metadata"]["kernelspec"] = dict(name="late", display_name="late", language="python")

@@ -1,4 +1,7 @@
-"""GoogLeNet with weights in torchvision's format, on images in the folders of ILSVRC12: the path of table 4 that needs data nobody ships."""
+"""GoogLeNet with weights in torchvision's format, on images in the folders of ILSVRC12.
+
+This is the path of table 4 that needs data nobody ships.
+"""
 
 import json
 
@@ -33,9 +36,8 @@ def test_released_weights_are_evaluated_as_torchvision_does(images, papermill, t
         for module in source.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.momentum = 1.0
-        source(
-            torch.randn(8, 3, 64, 64)
-        )  # statistics of its own: with the initial ones nothing of the image reaches the output
+        # statistics of its own: with the initial ones nothing of the image reaches the output
+        source(torch.randn(8, 3, 64, 64))
         source.eval().fc.weight.mul_(20)
     save_file({k: v.clone() for k, v in source.state_dict().items()}, tmp_path / "googlenet.safetensors")
     done = papermill(

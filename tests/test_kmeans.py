@@ -7,7 +7,6 @@ import sys
 import threading
 import time
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -75,9 +74,8 @@ def test_inertia_never_rises(problem, backend):
         kmeans(rows, k, init=start, sample_weight=weight, tol=0, max_iter=i, backend=backend).inertia
         for i in range(1, 9)
     ]
-    rounding = 1e-13 * float(
-        rows.double().square().sum()
-    )  # that of the codebook to float32, in float64 rows with a large mean
+    # that of the codebook to float32, in float64 rows with a large mean
+    rounding = 1e-13 * float(rows.double().square().sum())
     assert all(after <= before * (1 + 1e-9) + rounding for before, after in zip(trace, trace[1:]))
 
 
@@ -152,7 +150,10 @@ def test_plusplus_is_as_good_as_scikit_learns():
     from sklearn.cluster import kmeans_plusplus
 
     rows = normal(3000, 3)
-    cost = lambda centres: float(encode(rows, torch.as_tensor(centres))[1].sum())
+
+    def cost(centres):
+        return float(encode(rows, torch.as_tensor(centres))[1].sum())
+
     theirs = np.mean([cost(kmeans_plusplus(rows.numpy(), 60, random_state=s)[0]) for s in range(12)])
     space = module._space(rows)
     for x in (rows, rows.repeat(10, 1)):  # plain, and from a million pairs on the tree
@@ -203,12 +204,16 @@ def test_as_many_centres_as_rows(backend):
     assert found.inertia == 0 and (decode(found.codes, found.codebook) == rows).all()
 
 
+def cost_of_run(m):  # inertia of m consecutive whole numbers
+    return m * (m * m - 1) / 12
+
+
 def test_equally_spaced_numbers_and_ties():
     for k in (3, 5, 6, 7, 12):
         found = kmeans(torch.arange(13.0)[:, None], k)
         small, large = divmod(13, k)
-        cost = lambda m: m * (m * m - 1) / 12
-        assert found.inertia == pytest.approx((k - large) * cost(small) + large * cost(small + 1))
+        least = (k - large) * cost_of_run(small) + large * cost_of_run(small + 1)
+        assert found.inertia == pytest.approx(least)
 
 
 @pytest.mark.parametrize("backend", GENERAL)

@@ -70,7 +70,8 @@ dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank,
 results = []
 for rows, start, weight in torch.load(f"{folder}/problems", weights_only=True):
     part = slice(0, len(rows) // 3) if rank == 0 else slice(len(rows) // 3, None)
-    found = kmeans(rows[part], len(start), init=start, sample_weight=None if weight is None else weight[part], tol=0, group=dist.group.WORLD)
+    weight = None if weight is None else weight[part]
+    found = kmeans(rows[part], len(start), init=start, sample_weight=weight, tol=0, group=dist.group.WORLD)
     results.append((found.codebook, found.codes, found.inertia, found.n_iter))
 try:
     kmeans(rows[part], 2, group=dist.group.WORLD)
@@ -89,8 +90,8 @@ def test_two_processes_find_what_one_finds(tmp_path):
         (rows, rows[:40], None),
         (rows, rows[-7:], torch.rand(3000, generator=g) + 0.1),
         (rows, torch.cat([rows[:5], torch.full((3, 3), 50.0) + torch.eye(3)]), None),  # centres that nothing wants
-        (few, torch.rand(12, 3, generator=g), None),
-    ]  # more centres than distinct rows
+        (few, torch.rand(12, 3, generator=g), None),  # more centres than distinct rows
+    ]
     torch.save(problems, tmp_path / "problems")
     workers = [
         subprocess.Popen([sys.executable, "-c", TOGETHER, str(rank), tmp_path], stderr=subprocess.PIPE, text=True)
@@ -124,12 +125,25 @@ import torch
 import torch.distributed as dist
 from deepkmeans.kmeans import kmeans
 rank, folder = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60))
+minute = datetime.timedelta(seconds=60)
+dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=minute)
 rows = torch.randn(200, 3, generator=torch.Generator().manual_seed(rank))
 start, first = torch.arange(12.0).view(4, 3), rank == 0
-cases = [dict(rows=rows[:0]) if first else {}, dict(rows=torch.full((5, 3), torch.nan)) if first else {}, dict(rows="rows") if first else {}, dict(sample_weight=[1.0]) if first else {},
-         dict(init=start + rank), dict(k=4 - rank, init=start[:4 - rank]), dict(rows=rows[:, :2], init=start[:, :2]) if first else {}, dict(max_iter=5 + rank), dict(tol=0.1 * rank),
-         dict(rows=rows.double()) if first else {}, dict(sample_weight=torch.ones(200)) if first else {}, dict(backend="tree") if first else {}, dict(k=2000, init=start.repeat(500, 1))]
+cases = [
+    dict(rows=rows[:0]) if first else {},
+    dict(rows=torch.full((5, 3), torch.nan)) if first else {},
+    dict(rows="rows") if first else {},
+    dict(sample_weight=[1.0]) if first else {},
+    dict(init=start + rank),
+    dict(k=4 - rank, init=start[:4 - rank]),
+    dict(rows=rows[:, :2], init=start[:, :2]) if first else {},
+    dict(max_iter=5 + rank),
+    dict(tol=0.1 * rank),
+    dict(rows=rows.double()) if first else {},
+    dict(sample_weight=torch.ones(200)) if first else {},
+    dict(backend="tree") if first else {},
+    dict(k=2000, init=start.repeat(500, 1)),
+]
 for case in cases:
     try:
         kmeans(**dict(rows=rows, k=4, init=start, group=dist.group.WORLD) | case)

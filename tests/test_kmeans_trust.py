@@ -1,4 +1,7 @@
-"""What k-means promises at the edges of the numbers: right codes, right precision, the optimum where it says exact, and the manners of its surroundings."""
+"""What k-means promises at the edges of the numbers.
+
+Right codes, right precision, the optimum where it says exact, and the manners of its surroundings.
+"""
 
 import importlib
 import os
@@ -197,7 +200,7 @@ def test_labels_are_nearest_to_the_centres_of_the_estimator(stop):
 
 @EVERY
 def test_a_centre_that_the_last_assignment_empties_moves_to_the_worst_row(backend, monkeypatch):
-    """Means of a first assignment at random: 40 centres in the middle of all rows, of which most lose all their rows."""
+    """Means of a first assignment at random: 40 centres in the middle of all rows, and most lose all their rows."""
     rows, emptied, donors = normal(400, 2), [], module._donors
     monkeypatch.setattr(
         module,
@@ -364,7 +367,8 @@ for kind in vars(caching).values():
 with warnings.catch_warnings(record=True) as seen:
     warnings.simplefilter("always")
     import deepkmeans.kernels as kernels, numpy as np
-    print(len(seen) > 0, "NUMBA_CACHE_DIR" in str(seen[0].message), kernels.group(np.array([1, 0, 1]), 2, 9)[0].tolist())
+    order = kernels.group(np.array([1, 0, 1]), 2, 9)[0].tolist()
+    print(len(seen) > 0, "NUMBA_CACHE_DIR" in str(seen[0].message), order)
 """
 
 
@@ -377,9 +381,12 @@ def test_a_read_only_installation_compiles_without_a_cache():
 def test_what_keops_compiles_goes_into_a_folder_of_this_user_alone(tmp_path, planted, monkeypatch):
     path, target = tmp_path / "cache", tmp_path / "target"
     target.mkdir(mode=0o700)
-    path.symlink_to(target) if planted == "link" else path.write_text("") if planted == "file" else path.mkdir(
-        mode=0o700
-    )
+    if planted == "link":
+        path.symlink_to(target)
+    elif planted == "file":
+        path.write_text("")
+    else:
+        path.mkdir(mode=0o700)
     if planted == "open to all":
         path.chmod(0o777)
     if planted == "another's":

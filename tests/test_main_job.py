@@ -1,4 +1,4 @@
-"""The main job as a user runs it: what it writes, that it repeats itself, survives a kill, and how it answers to nonsense."""
+"""The main job as a user runs it: what it writes, repeats and resumes, and answers to nonsense."""
 
 import json
 import signal
@@ -168,13 +168,9 @@ save_file({k: v.contiguous() for k, v in net.state_dict().items()}, sys.argv[2])
 
 
 def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
-    run = lambda name: [
-        sys.executable,
-        "-c",
-        KILLED,
-        str(tmp_path / f"{name}.safetensors"),
-        str(tmp_path / f"{name}.end"),
-    ]
+    def run(name):
+        return [sys.executable, "-c", KILLED, str(tmp_path / f"{name}.safetensors"), str(tmp_path / f"{name}.end")]
+
     process = subprocess.Popen(run("killed"))
     while not (tmp_path / "killed.safetensors").exists():
         assert process.poll() is None

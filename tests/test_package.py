@@ -39,9 +39,8 @@ def test_cells_have_fixed_meaningful_ids(root):
     for path in notebooks(root):
         ids = [c["id"] for c in cells(path) + cells(path, "markdown")]
         assert len(set(ids)) == len(ids) and all(re.fullmatch(r"[a-z][a-z0-9-]*", i) for i in ids), path.name
-        assert not [c["id"] for c in cells(path, "markdown") if "\\n\\n" in "".join(c["source"])], (
-            path.name
-        )  # line breaks, and not their escapes
+        escaped = [c["id"] for c in cells(path, "markdown") if "\\n\\n" in "".join(c["source"])]
+        assert not escaped, path.name  # line breaks, and not their escapes
 
 
 def test_imports_stand_in_cells_of_their_own(root):
@@ -77,8 +76,9 @@ import sys, time, torch
 start = time.perf_counter()
 import deepkmeans
 print(time.perf_counter() - start)
-heavy = {"IPython", "nbdev", "fastcore", "execnb", "papermill", "jupyter_client", "matplotlib", "seaborn", "pandas", "faiss", "pykeops", "torchvision"}
-print(*sorted(heavy & set(sys.modules)))
+tools = {"IPython", "nbdev", "fastcore", "execnb", "papermill", "jupyter_client"}
+libraries = {"matplotlib", "seaborn", "pandas", "faiss", "pykeops", "torchvision"}
+print(*sorted((tools | libraries) & set(sys.modules)))
 assert deepkmeans.kmeans and deepkmeans.share and deepkmeans.Regularizer and deepkmeans.compression
 """
 
@@ -118,7 +118,8 @@ def test_wheel_holds_the_package_and_runs_from_anywhere(root, tmp_path):
     code = """
 import deepkmeans, torch
 from deepkmeans.baselines import car, dkm, hashing, lowrank, sws, tensor_train
-print(deepkmeans.__file__, car.__file__, deepkmeans.to_rows(torch.zeros(2, 1, 3, 3)).shape, len(deepkmeans.paper_numbers('table3')))
+rows = deepkmeans.to_rows(torch.zeros(2, 1, 3, 3))
+print(deepkmeans.__file__, car.__file__, rows.shape, len(deepkmeans.paper_numbers('table3')))
 """
     done = subprocess.run(
         [sys.executable, "-P", "-c", code] if sys.version_info >= (3, 11) else [sys.executable, "-c", code],
@@ -162,7 +163,10 @@ def test_readme_python_prints_what_it_says(root, tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    numbers = lambda text: [float(x) for x in re.findall(r"\d+\.\d+", text)]
+
+    def numbers(text):
+        return [float(x) for x in re.findall(r"\d+\.\d+", text)]
+
     assert re.sub(r"\d+\.\d+", "#", done.stdout.strip()) == re.sub(r"\d+\.\d+", "#", said.strip())
     assert all(abs(a - b) < 3 for a, b in zip(numbers(done.stdout), numbers(said), strict=True)), done.stdout
 

@@ -1,4 +1,4 @@
-"""Hard assignments in the loops that users write: any optimizer, frozen layers, other dtypes and devices, interrupted runs."""
+"""Hard assignments in the loops that users write: any optimizer, frozen layers, dtypes, devices, interrupted runs."""
 
 import copy
 
@@ -116,9 +116,8 @@ def test_small_steps_are_not_lost_in_a_network_of_16_bits():
     regularizer = dk.Regularizer(net, {"0": LayerPlan(k=2)})
     for _ in range(8):
         with torch.no_grad():
-            net[0].weight += torch.tensor([2**-7, 2**-7, 0, 0], dtype=torch.bfloat16).view(
-                4, 1, 1, 1
-            )  # the last bit at 1
+            last_bit = torch.tensor([2**-7, 2**-7, 0, 0], dtype=torch.bfloat16)  # at 1
+            net[0].weight += last_bit.view(4, 1, 1, 1)
         regularizer.step(0.9)
     assert net[0].weight.flatten().tolist() == [1 + 8 * 2**-7] * 2 + [3, 3]
 

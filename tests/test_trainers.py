@@ -1,4 +1,4 @@
-"""The recipes of nbs/tutorials/your_trainer.ipynb that need several processes or another library, against a plain loop in one process."""
+"""Recipes of nbs/tutorials/your_trainer.ipynb that need several processes or a library, against a plain loop."""
 
 import copy
 import json
@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import deepkmeans as dk
 
@@ -58,7 +58,8 @@ for step in range(20):
     F.cross_entropy(wrapped(x[rank::2]), y[rank::2]).backward()
     optimizer.step()
     regularizer.step((step + 1) / 20)
-save_file({**net.state_dict(), **{f"codes.{name}": codes for name, codes in regularizer.codes().items()}}, f"{folder}/{rank}")
+codes = {f"codes.{name}": codes for name, codes in regularizer.codes().items()}
+save_file({**net.state_dict(), **codes}, f"{folder}/{rank}")
 dist.destroy_process_group()
 """
 
@@ -112,7 +113,7 @@ def test_lightning_does_what_a_plain_loop_does(page, capsys):
 
 def test_lightning_resumes_from_its_checkpoint(page, tmp_path):
     lightning = pytest.importorskip("lightning.pytorch")
-    loader, ends = dk.loaders(dk.subset(dk.load("digits"), train=640), 64)[0], []
+    loader = dk.loaders(dk.subset(dk.load("digits"), train=640), 64)[0]
     net, plan = start()
     names = page("lightning", "lightning-run", dense=net, plan=plan, loader=loader, epochs=2, result=lambda *_: "")
 
