@@ -55,6 +55,14 @@ def test_imports_stand_in_cells_of_their_own(root):
             assert not imports or all(isinstance(statement, harmless) for statement in body), (path.name, cell["id"])
 
 
+def test_no_conditional_expression_is_a_part_of_another(root):  # which ruff has no rule for
+    sources = [((p, c["id"]), "".join(c["source"])) for p in notebooks(root) for c in cells(p)]
+    sources += [(p, p.read_text()) for folder in ("tests", "docs") for p in (root / folder).glob("*.py")]
+    found = [(place, n) for place, text in sources for n in ast.walk(ast.parse(text)) if isinstance(n, ast.IfExp)]
+    nested = [(place, ast.unparse(n)) for place, n in found if ast.IfExp in map(type, (n.test, n.body, n.orelse))]
+    assert not nested
+
+
 def test_parameterized_notebooks_have_one_parameters_cell(root):
     for path in [
         root / "nbs" / "retrain.ipynb",
