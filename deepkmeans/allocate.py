@@ -343,7 +343,7 @@ def _importance(model, data, weights, images, seed):  # {layer name: a number, o
 # %% ../nbs/08_allocate.ipynb #allocate-plan
 def allocate(
     model: nn.Module, # the network, dense; it stays as it is
-    target_ratio: float, # wanted compression ratio of the whole network, above 1
+    ratio: float, # wanted compression ratio of the whole network, above 1
     data=None, # loader of (images, labels) for the sensitivity; None: the weights' own energy
     *,
     first: int | float | None = None, # the least clusters of the first layer: a k (int) or rate (float), nothing pinned
@@ -366,15 +366,16 @@ def allocate(
     eval mode, get one cluster when there are data: exclude them where that matters. Raises `ValueError` for a target
     out of reach, naming the bounds, and as `layer_curves` does.
     """
-    if not target_ratio > 1:
-        raise ValueError(f"target_ratio={target_ratio} must be above 1, the ratio of the dense network")
+    if not ratio > 1:
+        raise ValueError(f"ratio={ratio} must be above 1, the ratio of the dense network")
     if curves is None:
         curves = layer_curves(model, data, layout=layout, sparsity=sparsity, include=include, exclude=exclude,
                               images=images, seed=seed, backend=backend, progress=progress)
     how = dict(seed=seed, backend=backend, progress=progress)
-    size = _Size(model, curves, _lists(curves, first, last, coding), coding, how)
-    _check_reach(size, target_ratio)
-    return size.plan(_hit(size, size.dense / target_ratio))
+    left_out = make_plan(model, k=1, layout=layout, include=include, exclude=exclude).skipped
+    size = _Size(model, curves, _lists(curves, first, last, coding), coding, how, left_out)
+    _check_reach(size, ratio)
+    return size.plan(_hit(size, size.dense / ratio))
 
 # %% ../nbs/08_allocate.ipynb #lists
 def _lists(curves, first, last, coding):
@@ -387,12 +388,13 @@ def _lists(curves, first, last, coding):
 
 # %% ../nbs/08_allocate.ipynb #size
 class _Size:
-    def __init__(self, model, curves, lists, coding, how):
+    def __init__(self, model, curves, lists, coding, how, left_out):
         self.model = model
         self.curves = curves
         self.lists = lists
         self.coding = coding
         self.how = how  # seed, backend and progress of the clustering
+        self.left_out = left_out  # {layer name: why it has no curve}
         self.found = {}
         report = compression(model, coding=coding)
         self.dense = report.dense_bits
@@ -403,7 +405,7 @@ class _Size:
         picked = zip(self.curves.items(), self.lists, chosen)
         plans = {name: LayerPlan(k=int(o.k[i]), sparsity=float(o.sparsity[i]), layout=curve.layout)
                  for (name, curve), o, i in picked if o.k[i]}
-        return Plan(plans, _dense_layers(self.model, plans, dict.fromkeys(self.curves, "better left dense")))
+        return Plan(plans, _dense_layers(self.model, plans, self.left_out | dict.fromkeys(self.curves, "better left dense")))
 
     def __call__(self, chosen):
         plan = self.plan(chosen)
@@ -445,7 +447,7 @@ def _closest(tried, dense, wanted):
     off, _, chosen = min(tried, key=lambda t: t[0])
     if off > CLOSE:
         reached = ", ".join(f"{dense / bits:.4g}" for _, bits, _ in tried)
-        raise ValueError(f"target_ratio={dense / wanted:.4g} cannot be met within 1 %: the plans tried reach {reached}")
+        raise ValueError(f"ratio={dense / wanted:.4g} cannot be met within 1 %: the plans tried reach {reached}")
     return chosen
 
 # %% ../nbs/08_allocate.ipynb #check-reach
@@ -457,7 +459,7 @@ def _check_reach(size, ratio):
     if least > wanted * (1 + CLOSE):
         dense = _dense_layers(size.model, size.curves, {})
         kept = f"; {', '.join(dense)} stay dense, which include= and exclude= decide" if dense else ""
-        raise ValueError(f"target_ratio={ratio} must be above 1 and at most {size.dense / least:.2f}, "
+        raise ValueError(f"ratio={ratio} must be above 1 and at most {size.dense / least:.2f}, "
                          f"which the fewest clusters allowed reach{kept}")
 
 # %% ../nbs/08_allocate.ipynb #named

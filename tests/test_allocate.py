@@ -216,11 +216,11 @@ def test_a_layer_is_worth_the_root_of_its_fisher_energy_and_without_data_as_much
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        (dict(target_ratio=0.9), "target_ratio=0.9 must be above 1"),
-        (dict(target_ratio=1e5), "target_ratio=100000.0 must be above 1 and at most"),
-        (dict(target_ratio=4, exclude=["conv"]), "no layer is called 'conv'"),
-        (dict(target_ratio=4, data=[]), "loader gives no images"),
-        (dict(target_ratio=4, layout="rows"), "layout='rows' must be one of"),
+        (dict(ratio=0.9), "ratio=0.9 must be above 1"),
+        (dict(ratio=1e5), "ratio=100000.0 must be above 1 and at most"),
+        (dict(ratio=4, exclude=["conv"]), "no layer is called 'conv'"),
+        (dict(ratio=4, data=[]), "loader gives no images"),
+        (dict(ratio=4, layout="rows"), "layout='rows' must be one of"),
     ],
 )
 def test_errors_name_argument_value_and_bound(wrong, message):
@@ -237,3 +237,8 @@ def test_the_paper_s_lists_fit_its_network_only():
         dk.named_plan("wrn-45", dk.build("wide_resnet", depth=10))
     with pytest.raises(ValueError, match="wrn-46"):
         dk.named_plan("wrn-46", dk.build("wide_resnet"))
+
+
+def test_a_layer_that_was_excluded_says_by_what():
+    plan = dk.allocate(dk.build("lenet5"), 20, exclude="conv1")
+    assert plan.skipped["conv1"] == "excluded by 'conv1'" and "conv1" not in plan

@@ -196,7 +196,7 @@ def test_energy_of_a_file_and_of_a_name(here, capsys):
         ("compress lenet.pt --arch lenet5 --K 8 -o ./nowhere/../lenet.pt", "is the file that is read"),
         ("decompress good.dkm -o good.dkm", "path='good.dkm' is the file that is read"),
         ("decompress good.dkm -o no/x.safetensors", "in a folder that does not exist"),
-        ("compress lenet.pt --arch lenet5 --ratio 0 -o x.dkm", "target_ratio=0.0 must be above 1"),
+        ("compress lenet.pt --arch lenet5 --ratio 0 -o x.dkm", "ratio=0.0 must be above 1"),
         ("compress lenet.pt --arch lenet5 --rate 0 -o x.dkm", "rate=0.0 must be above 0"),
         ("compress lenet.pt --arch lenet5 --option depth=16 --K 8 -o x.dkm", "unexpected keyword argument 'depth'"),
         (

@@ -230,7 +230,8 @@ def deep_compression(
 
 # %% ../../nbs/25_dkm.ipynb #from-grid
 def _from_grid(weight, layer_plan):  # → Clustering
-    rows = to_rows(weight.detach(), "scalar").float()  # (n, 1)
+    rows = to_rows(weight.detach(), "scalar")  # (n, 1)
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     k = min(layer_plan.clusters(len(rows)), len(rows))
     start = grid(rows, k, layer_plan.sparsity)
     backend = "torch" if len(rows) < 1000 else "auto"
