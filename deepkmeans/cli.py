@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from . import __version__
 from . import data as datasets
+from . import shelf
 from .accounting import compression
 from .allocate import allocate, named_plan
 from .codec import CODEBOOK_DTYPES, MAX_BYTES, decompress, inspect, load_compressed, save_compressed
@@ -138,7 +139,7 @@ def _inspect(args):
 def _decompress(args):
     from safetensors.torch import save
 
-    place_for_file(args.output, args.file)
+    place_for_file(args.output, shelf.find(args.file))
     state = decompress(args.file, max_bytes=args.max_bytes)
     content = save({name: tensor.clone() for name, tensor in state.items()})  # tied tensors apart
     write_file(args.output, content)
@@ -150,6 +151,7 @@ class _Images(NamedTuple):
     loader: datasets.Loader # of the test images
     name: str
     count: int
+    fingerprint: str
 
 # %% ../nbs/40_cli.ipynb #images-code
 def _images(args, model): # the test images of --data, when they fit the network
@@ -159,7 +161,7 @@ def _images(args, model): # the test images of --data, when they fit the network
     if channels != wanted:
         raise ValueError(f"data={args.data!r} has images of {channels} channels, but the network wants {wanted}")
     loader = datasets.loaders(data, args.batch_size, test_batch_size=args.batch_size)[1]
-    return _Images(loader, data.name, len(data.test))
+    return _Images(loader, data.name, len(data.test), data.fingerprint)
 
 # %% ../nbs/40_cli.ipynb #accuracy
 def _accuracy(model, images):
@@ -177,10 +179,39 @@ def _load(args, path, **how): # the network in a file; --arch says what it is wh
 def _evaluate(args):
     model = _load(args, args.file, dense=True)  # faster, and the same to the bit
     images = _images(args, model)
+    card = _card_for(args.file, images) if args.record else None
     accuracy = _accuracy(model, images)
     found = f"top-1 {accuracy.top1:.2f} %, top-5 {accuracy.top5:.2f} %, loss {accuracy.loss:.4f}"
     text = f"{args.file} on {images.name}: {found} over {images.count:,} images"
-    return dict(file=str(args.file), data=images.name, images=images.count, **accuracy._asdict()), text
+    measured = dict(file=str(args.file), data=images.name, images=images.count, **accuracy._asdict())
+    if not card:
+        return measured, text
+    data, line = _beside_record(card, accuracy.top1)
+    return measured | data, f"{text}\n{line}"
+
+# %% ../nbs/40_cli.ipynb #card-for
+def _card_for(file, images): # the card of a file, when it tells of these images
+    card = shelf.card_of(file)
+    if card.fingerprint != images.fingerprint:
+        theirs, ours = f"{card.data} ({card.fingerprint})", f"{images.name} ({images.fingerprint})"
+        raise ValueError(f"record {card.record} is of {theirs}, but --data is {ours}; leave --record out")
+    return card
+
+# %% ../nbs/40_cli.ipynb #beside-record
+def _beside_record(card, top1): # → data, text
+    data = dict(record=card.record, recorded_top1=card.top1, standard_error=shelf.standard_error(card))
+    return data, shelf.against_record(card, top1)
+
+# %% ../nbs/40_cli.ipynb #list
+def _list(args):
+    import pandas as pd
+
+    found = shelf.cards()
+    data = dict(networks=[card._asdict() | dict(path=str(card.path)) for card in found])
+    if not found:
+        return data, f"no network has a name here; {shelf.ELSEWHERE}"
+    lines = pd.DataFrame(shelf.table(found)).set_index("name")
+    return data, f"{as_text(lines)}\nlicence of all: {shelf.LICENCE}"
 
 # %% ../nbs/40_cli.ipynb #energy
 SIDES = {"lenet5": 28, "tt_conv_cnn": 32, "freshnet_cnn": 32, "wide_resnet": 32}  # pixels; 224 for ImageNet's
@@ -203,7 +234,7 @@ def _energy(args):
 def _is_file(network): # or the name of a network?
     if not network:
         return False
-    return Path(network).exists() or ("." in network and ":" not in network)
+    return shelf.find(network).exists() or ("." in network and ":" not in network)
 
 # %% ../nbs/40_cli.ipynb #input
 def _input(args, model): # → (channels, height, width) of an image
@@ -252,10 +283,12 @@ EXAMPLES = {
   deepkmeans compress wrn.pt --arch wide_resnet --option depth=16 --option widen=4 --ratio 45 -o wrn.dkm
   deepkmeans compress resnet18.pth --arch resnet18 --num-classes 1000 --rate 0.05 --codebook float16 -o resnet18.dkm
   deepkmeans compress mine.pt --arch my_networks:make_net --ratio 20 --data path/to/images -o mine.dkm""",
-    "inspect": "example:\n  deepkmeans inspect lenet.dkm --json",
+    "list": "example:\n  deepkmeans list --json",
+    "inspect": "examples:\n  deepkmeans inspect lenet.dkm --json\n  deepkmeans inspect wrn-50",
     "decompress": "example:\n  deepkmeans decompress lenet.dkm -o lenet.safetensors",
     "evaluate": """examples:
   deepkmeans evaluate lenet.dkm --data mnist --data-root ~/data
+  deepkmeans evaluate wrn-50 --data cifar10 --record
   deepkmeans evaluate mine.dkm --arch my_networks:make_net --data path/to/images""",
     "energy": """examples:
   deepkmeans energy lenet.dkm
@@ -272,6 +305,7 @@ EXAMPLES = {
 _EXIT_CODES = "Exit codes: 0 done, 1 it cannot be done, 2 wrong usage."
 _COMMANDS = {
     "compress": "share the weights of a checkpoint and write a compressed file",
+    "list": "list the compressed networks of the repository, which the other commands take by name",
     "inspect": "say what a compressed file holds and where its bytes go",
     "decompress": "write the dense state dict of a compressed file as safetensors",
     "evaluate": "measure the accuracy of a compressed network",
@@ -287,9 +321,10 @@ def _parser():
     parser.add_argument("--version", action="version", version=f"deepkmeans {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _compress_options(_command(commands, "compress", _compress))
+    _command(commands, "list", _list)
     _file(_command(commands, "inspect", _inspect))
     _output(_file(_command(commands, "decompress", _decompress)))
-    _data_options(_arch_options(_file(_command(commands, "evaluate", _evaluate))), required=True)
+    _evaluate_options(_command(commands, "evaluate", _evaluate))
     _energy_options(_command(commands, "energy", _energy))
     _retrain_options(_command(commands, "retrain", _retrain))
     _reproduce_options(_command(commands, "reproduce", _reproduce))
@@ -306,7 +341,7 @@ def _command(commands, name, run):
 
 # %% ../nbs/40_cli.ipynb #file
 def _file(command):
-    command.add_argument("file", metavar="FILE", help="a compressed file")
+    command.add_argument("file", metavar="FILE", help="a compressed file, or a name that `deepkmeans list` shows")
     return _limit(command)
 
 # %% ../nbs/40_cli.ipynb #limit
@@ -340,9 +375,16 @@ def _data_options(command, required=False):
     add("--data-root", metavar="DIR", help="folder of the data sets (default: $DEEPKMEANS_DATA)")
     add("--batch-size", type=_positive, default=500, metavar="N", help="images in a batch (default: 500)")
 
+# %% ../nbs/40_cli.ipynb #evaluate-options
+def _evaluate_options(command):
+    _data_options(_arch_options(_file(command)), required=True)
+    beyond = "exit code 1 where they differ by more than the binomial standard error of the test set"
+    record = f"compare the accuracy with the record of a network that `deepkmeans list` shows; {beyond}"
+    command.add_argument("--record", action="store_true", help=record)
+
 # %% ../nbs/40_cli.ipynb #energy-options
 def _energy_options(command):
-    network = "a compressed file, or the name of a network as --arch takes it"
+    network = "a compressed file, a name that `deepkmeans list` shows, or the name of a network as --arch takes it"
     command.add_argument("network", nargs="?", metavar="FILE|NAME", help=network)
     _limit(_arch_options(command))
     image = "one image (default: what the network was made for)"

@@ -30,6 +30,7 @@ from .files import place_for_file, write_file
 from .models import build
 from .rows import LAYOUTS, from_rows, row_length
 from .sharing import SharedWeight, as_text, shared_layers, unshare
+from .shelf import find, hint
 
 # %% ../nbs/06_codec.ipynb #error
 class CompressedFileError(ValueError):
@@ -619,11 +620,11 @@ class Content:
         return torch.from_numpy(unpack_codes(histogram, words, layer.n, layer.k))
 
 # %% ../nbs/06_codec.ipynb #read
-def _read(source, max_bytes): # path or bytes → Content
+def _read(source, max_bytes): # path, name of a network on the shelf, or bytes → Content
     if isinstance(source, bytes):
         return _content(np.frombuffer(source, np.uint8), max_bytes)
-    path = Path(source)
-    _need(path.is_file(), f"path={str(path)!r} is no file")
+    path = find(source)
+    _need(path.is_file(), f"path={str(path)!r} is no file{hint(path)}")
     try:
         size = path.stat().st_size
         _need(size <= max_bytes, f"{size:,} bytes are more than max_bytes={max_bytes:,}")
@@ -665,7 +666,7 @@ def _take_tensor(dtype, shape, take):
 
 # %% ../nbs/06_codec.ipynb #load
 def load_compressed(
-    path: str | Path, # a file that `save_compressed` wrote
+    path: str | Path, # a file that `save_compressed` wrote, or a name that `deepkmeans list` shows
     model: nn.Module | None = None, # a dense network of the same layers, changed in place; None: as the file names it
     *,
     dense: bool = False, # give ordinary weights, which take more memory and compute faster?
@@ -673,8 +674,8 @@ def load_compressed(
 ) -> nn.Module: # the network, its layers shared as they were; in eval mode where it was built here
     """Read a network from a compressed file; it computes what the saved one did, bit for bit.
 
-    Raises `CompressedFileError` when the file is damaged, larger than `max_bytes` once it is read, or does not fit the
-    network in names, shapes and types; the network is then unchanged.
+    Raises `CompressedFileError` when the file is missing, damaged, larger than `max_bytes` once it is read, or does not
+    fit the network in names, shapes and types; the network is then unchanged.
     """
     content = _read(path, max_bytes)
     target = _skeleton(content) if model is None else model
@@ -739,7 +740,7 @@ def _skeleton(content): # the network that the file names, without memory
 
 # %% ../nbs/06_codec.ipynb #decompress
 def decompress(
-    path: str | Path, # a file that `save_compressed` wrote
+    path: str | Path, # a file that `save_compressed` wrote, or a name that `deepkmeans list` shows
     *,
     max_bytes: int = MAX_BYTES, # the most that the weights and codes may take in memory
 ) -> dict: # {name: tensor}: the state dict of the dense network
@@ -782,7 +783,7 @@ class FileReport:
 
 # %% ../nbs/06_codec.ipynb #inspect
 def inspect(
-    path: str | Path, # a file that `save_compressed` wrote
+    path: str | Path, # a file that `save_compressed` wrote, or a name that `deepkmeans list` shows
     *,
     max_bytes: int = MAX_BYTES, # the most that the weights and codes may take in memory
 ) -> FileReport:

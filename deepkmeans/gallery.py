@@ -14,6 +14,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from . import shelf
 from .experiments import PROTOCOLS, read_records, repository
 
 # %% ../nbs/33_gallery.ipynb #declared
@@ -120,8 +121,21 @@ def write_gallery(
         sections.setdefault(notebook, {}).setdefault(command, []).append(path)
     parts = [_section(root, notebook, sections[notebook]) for notebook in sorted(sections)]
     page = root / "figures" / "README.md"
-    page.write_text("\n\n".join([INTRODUCTION, *parts]) + "\n")
+    page.write_text("\n\n".join([INTRODUCTION, _networks_section(root), *parts]) + "\n")
     return page
+
+# %% ../nbs/33_gallery.ipynb #networks
+def _networks_section(root):
+    found = shelf.cards(root / "figures")
+    lines = [list(line.values()) for line in shelf.table(found)]
+    told = [
+        "What `deepkmeans list` prints. `deepkmeans evaluate NAME --data cifar10 --record` measures one again and "
+        "compares; `dk.load_compressed(NAME)` opens it. One without a name is opened by its path.",
+        f"The ratio is that of the file on disk, the record the `id` of a run in the `.jsonl` beside it. "
+        f"Licence of all: {shelf.LICENCE}.",
+    ]
+    columns = list(shelf.table(found)[0]) if found else []
+    return "\n\n".join(["## Compressed networks", *told, "\n".join(_markdown([columns, *lines]))])
 
 # %% ../nbs/33_gallery.ipynb #section
 def _section(root, notebook, made):  # {command: paths}
@@ -169,9 +183,13 @@ def _shown_table(text):  # the comments of a CSV file, and its table where it is
     lines = list(csv.reader(line for line in text if not line.startswith("#")))
     if not 1 < len(lines) <= MOST_LINES:
         return "\n".join(comments)
-    rule = ["---"] * len(lines[0])
-    table = ["| " + " | ".join(line) + " |" for line in (lines[0], rule, *lines[1:])]
+    table = _markdown(lines)
     return "\n".join([*comments, "", *table] if comments else table)
+
+# %% ../nbs/33_gallery.ipynb #markdown
+def _markdown(lines):  # lists of words, the columns first → the lines of a table
+    rule = ["---"] * len(lines[0])
+    return ["| " + " | ".join(line) + " |" for line in (lines[0], rule, *lines[1:])]
 
 # %% ../nbs/33_gallery.ipynb #provenance
 TOLD = {

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UNUSED', 'RATIOS', 'Row', 'suites', 'Budget', 'compare', 'claims', 'Table', 'make_runs', 'compared', 'setting',
-           'caption', 'show', 'keep_picture', 'verdicts', 'headline']
+           'caption', 'show', 'keep_picture', 'verdicts', 'put_line', 'headline']
 
 # %% ../nbs/32_tables.ipynb #imports
 import json
@@ -311,6 +311,19 @@ def verdicts(
         print(f"The baseline of this protocol, {baseline:.1f} %, is far from converged: what trains on gains by that "
               "alone, and what trains from scratch does so for more epochs than the baseline had.")
 
+# %% ../nbs/32_tables.ipynb #put-line
+def put_line(
+    cells, # texts; the first tells which line of the README's table it is
+    root=".", # root of the repository
+):
+    """Put a line into the README's table of results. Raises `ValueError` where the README has none that begins so."""
+    page, mark = repository(root) / "README.md", f"| {cells[0]} |"
+    text = page.read_text()
+    if mark not in text:
+        raise ValueError(f"README.md has no line that begins with {mark!r}")
+    line = f"| {' | '.join(cells)} |"
+    page.write_text("\n".join(line if old.startswith(mark) else old for old in text.split("\n")))
+
 # %% ../nbs/32_tables.ipynb #headline
 def headline(
     table, # a `Table`
@@ -323,14 +336,9 @@ def headline(
     It says what sharing alone, re-training, its control and the best other method lose. Raises `ValueError` where the
     README has no line for this table.
     """
-    page = repository(table.given["root"]) / "README.md"
-    mark = f"| Table {table.number} |"
-    text = page.read_text()
-    if mark not in text:
-        raise ValueError(f"README.md has no line that begins with {mark!r}")
     ours = [_loss(frame.loc[f"{method} at {at:g}"]) for method in ("WR", "Deep k-Means", "control")]
-    line = " | ".join([mark.strip("| "), f"{setting}, {table.given['protocol']}", f"{at:g}", *ours, _best_other(frame)])
-    page.write_text("\n".join(f"| {line} |" if old.startswith(mark) else old for old in text.split("\n")))
+    setting = f"{setting}, {table.given['protocol']}"
+    put_line([f"Table {table.number}", setting, f"{at:g}", *ours, _best_other(frame)], table.given["root"])
 
 # %% ../nbs/32_tables.ipynb #best-other
 def _best_other(frame):  # "−0.20, one-shot at 1.28"
