@@ -12,6 +12,7 @@ retrain: .venv
 	$(BIN)/deepkmeans retrain $(foreach v,$(GIVEN),'$(call named,$(v))=$($(v))')
 
 test: .venv
+	$(BIN)/ruff check
 	$(ONE_THREAD) $(BIN)/nbdev_test --n_workers 2
 	$(ONE_THREAD) $(BIN)/pytest -n 2 --dist loadfile
 

@@ -17,7 +17,9 @@ from deepkmeans.allocate import NAMED_PLANS, allocate, fisher, layer_curves, nam
 from deepkmeans.export import to_onnx
 from deepkmeans.experiments import collect, paper_numbers, reproduce, run
 from deepkmeans.kmeans import Clustering, KMeans, decode, encode, kmeans
-from deepkmeans.models import alexnet, build, freshnet_cnn, googlenet, googlenet_64, lenet5, load_weights, tt_conv_cnn, wide_resnet
+from deepkmeans.models import (
+    alexnet, build, freshnet_cnn, googlenet, googlenet_64, lenet5, load_weights, tt_conv_cnn, wide_resnet,
+)
 from deepkmeans.pipeline import Outcome, bits_for_ratio, compress
 from deepkmeans.regularizer import Regularizer
 from deepkmeans.retrain import Accuracy, evaluate, train

@@ -23,7 +23,8 @@ def _compiled(**how):  # by numba, which keeps the result on disk where it finds
         try:
             return njit(cache=True, **how)(function)
         except RuntimeError:  # there is none: neither beside the package nor in a home
-            warnings.warn("numba finds no folder to keep what it compiles, each process compiles anew; NUMBA_CACHE_DIR names one")
+            lost = "numba finds no folder to keep what it compiles, each process compiles anew"
+            warnings.warn(f"{lost}; NUMBA_CACHE_DIR names one")
             return njit(**how)(function)
     return compiled
 
@@ -113,7 +114,11 @@ def make_tree(
     size, # room for so many centres in a leaf
     moved, # (k,) bool
 ):
-    """Packed leaves (2**depth, d, size), lower and upper corners of each node's box (nodes, d), and whether a centre in it moved (nodes,)."""
+    """The tree of boxes over the centres.
+
+    Packed leaves (2**depth, d, size), lower and upper corners of each node's box (nodes, d), and whether a centre in it
+    moved (nodes,).
+    """
     packed, low, high, active = _leaves(centres, depth, size, moved)
     for v in range(2**depth - 2, -1, -1):
         left, right = 2 * v + 1, 2 * v + 2
@@ -133,7 +138,8 @@ def _box(x, i, low, high, v):  # squared distance of row i to the box of node v
 
 # %% ../nbs/50_kernels.ipynb #nearest
 @_inline
-def _compare(x, i, centres, count, squares, bits):  # squared distances of row i to the first `count` centres (d, ·); the bits of the least
+def _compare(x, i, centres, count, squares, bits):
+    # squared distances of row i to the first `count` centres (d, ·); the bits of the least
     xj = x[i, 0]
     for t in range(count):
         g = xj - centres[0, t]
@@ -175,7 +181,8 @@ def nearest(
     """Fill out[begin:end] with the nearest centres in tree order."""
     leaves = len(packed)
     depth = int(np.log2(leaves) + 0.5)
-    stack, far, squares = np.empty(depth + 2, np.int64), np.empty(depth + 2, np.float32), np.empty(_LEAF + 1, np.float32)
+    stack, far = np.empty(depth + 2, np.int64), np.empty(depth + 2, np.float32)
+    squares = np.empty(_LEAF + 1, np.float32)
     bits, d = squares.view(np.int32), x.shape[1]
     wider, apart = np.float32(1 + max(1e-5, 1.3e-7 * (d + 8))), np.float32(1e-6 * sqrt(d))  # twice a square's rounding
     for i in range(begin, end):
@@ -238,7 +245,10 @@ def _search(x, tree, k, pool):  # (n, 2)
 def make_search(
     centres, # (k, d) float32
 ): # a function from rows (n, d) float32 to (n, 2) int64
-    """What finds the nearest centre of each row, and another one: the second nearest wherever the two are about equally near."""
+    """What finds the nearest centre of each row, and another one.
+
+    That is the second nearest wherever the two are about equally near.
+    """
     order = tree_order(centres, _depth(len(centres)))  # (k,)
     tree = _still_tree(centres[order])
 
@@ -361,7 +371,9 @@ def reassign(
     """Move each row to its nearest centre."""
     k, d, most = len(centres), x.shape[1], 0
     largest = np.argmax(shift)
-    other = max(_ZERO, max(shift[:largest].max() if largest else _ZERO, shift[largest + 1:].max() if largest + 1 < k else _ZERO))
+    before = shift[:largest].max() if largest else _ZERO
+    after = shift[largest + 1:].max() if largest + 1 < k else _ZERO
+    other = max(_ZERO, max(before, after))
     for p in range(begin, end):
         most = max(most, pieces[p, 2] - pieces[p, 1])
     due, away, room = np.empty(most, np.int32), np.empty(most, np.float32), k + _LEAF
@@ -471,7 +483,10 @@ def _few(k, d):
 # %% ../nbs/50_kernels.ipynb #lloyd-few
 def _lloyd_few(x, weight, means, max_iter, stop, pool):
     columns, codes = np.ascontiguousarray(x.T), np.full(len(x), -1)  # (d, n), (n,)
-    move = lambda means: _parallel(pool, compare_all, len(x), columns, means, means.astype(np.float32), codes)
+
+    def move(means):
+        _parallel(pool, compare_all, len(x), columns, means, means.astype(np.float32), codes)
+
     move(means)
     return codes, *_iterate(x, weight, means, codes, max_iter, stop, move)
 
@@ -501,11 +516,13 @@ class _Mover:  # keeps the bounds from one iteration to the next
         shift = np.nextafter(shift.astype(np.float32), _INF) * (shift > 0)
         tree = make_tree(self.centres, _depth(len(means)), _LEAF, shift > 0)
         members, pieces = group(self.codes, len(means), 512)
-        _parallel(self.pool, reassign, len(pieces), self.x, means, self.centres, shift.astype(np.float32), *tree, members, pieces, self.codes, self.lower)
+        _parallel(self.pool, reassign, len(pieces), self.x, means, self.centres, shift.astype(np.float32), *tree,
+                  members, pieces, self.codes, self.lower)
 
 # %% ../nbs/50_kernels.ipynb #seed-visit
 @_quick
-def _gain(c, x, weight, square, low, high, top, depth, stack):  # by how much a centre at row c would lower the potential
+def _gain(c, x, weight, square, low, high, top, depth, stack):
+    # by how much a centre at row c would lower the potential
     n, leaves, total, at, stack[0] = len(x), 2**depth, 0.0, 0, 0
     while at >= 0:
         v = stack[at]
@@ -712,7 +729,8 @@ def _passes(table, middle, before, left, bar, new, j):
 
 # %% ../nbs/50_kernels.ipynb #overtakes
 @_quick
-def _overtakes(table, middle, before, left, bar, new, lo):  # first j ≥ lo at which the cut `new` passes the bar; n + 1: never
+def _overtakes(table, middle, before, left, bar, new, lo):
+    # first j ≥ lo at which the cut `new` passes the bar; n + 1: never
     n, hi, step = len(table), lo, 1
     while hi <= n and not _passes(table, middle, before, left, bar, new, hi):
         lo, hi, step = hi + 1, hi + step, 2 * step
@@ -803,5 +821,6 @@ def exact(
         return codes
     w = np.bincount(codes, weight).astype(np.float64)  # (number of distinct values,)
     coarse, fine = _search_price(_sketch(distinct, w), k)
-    cuts = coarse if len(coarse) == k + 1 else fine if len(fine) == k + 1 else _splice(coarse, fine, k)
+    whole = [cuts for cuts in (coarse, fine) if len(cuts) == k + 1]
+    cuts = whole[0] if whole else _splice(coarse, fine, k)
     return (np.searchsorted(cuts, np.arange(len(w)), side="right") - 1)[codes]

@@ -100,7 +100,8 @@ class _Space(NamedTuple):
         return inertia / self.heavy / self.scale / self.scale
 
 # %% ../nbs/01_kmeans.ipynb #gaps
-def _gaps(rows, codebook, codes):  # squared distances, (m,) float64; coordinate by coordinate, as a sum over a short axis is slow
+def _gaps(rows, codebook, codes):  # squared distances, (m,) float64
+    # coordinate by coordinate, as a sum over a short axis is slow
     return sum((x - c.index_select(0, codes)).square() for x, c in zip(rows.T, codebook.T))
 
 # %% ../nbs/01_kmeans.ipynb #space-of
@@ -130,7 +131,8 @@ def _space(rows, weight=None, group=None, codebook=None):  # codebook: centres t
     scale = _power(max(ends.abs().max(), near(1.0, 0.0)))
     mean = _mean(lambda x: x * scale, rows, weight, group)  # (d,)
     spread = _mean(lambda x: (x * scale - mean[:, None]).square(), rows, weight, group)  # (d,)
-    shift = torch.where(mean.abs() > 4 * spread.sqrt(), mean.float().double(), 0.0)  # (d,); few bits, so that x − shift is exact
+    # (d,); few bits, so that x − shift is exact
+    shift = torch.where(mean.abs() > 4 * spread.sqrt(), mean.float().double(), 0.0)
     fine = _power(max((ends * scale + torch.stack([shift, -shift])).max(), near(scale, shift)))
     fine = min(fine * scale, 2.0**1022) / scale
     return _Space(rows, weight, fine * scale, fine * shift, float((spread.sqrt() * fine).square().mean()), heavy, group)
@@ -150,7 +152,8 @@ def _search_torch(codebook, top):
     size = max(1, (WORKSPACE if codebook.is_cuda else CACHE) // (4 * len(codebook)))
 
     def search(queries):
-        return torch.cat([_least(torch.addmm(square, q, codebook.T, alpha=-2), top) for q in queries.split(size)])  # (m, top)
+        parts = queries.split(size)
+        return torch.cat([_least(torch.addmm(square, q, codebook.T, alpha=-2), top) for q in parts])  # (m, top)
     return search
 
 # %% ../nbs/01_kmeans.ipynb #search-faiss
@@ -184,7 +187,8 @@ def _own_folder(path):  # in a place where others may write too: what is compile
     except FileExistsError:
         found = path.lstat()
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-            raise PermissionError(f"{path} is not a folder that is this user's and closed to others; remove it") from None
+            what = "is not a folder that is this user's and closed to others; remove it"
+            raise PermissionError(f"{path} {what}") from None
     return path
 
 # %% ../nbs/01_kmeans.ipynb #keops-trial
@@ -369,17 +373,20 @@ def _sums(values, codes, k):  # sum of the values (m,) of each cluster, (k,) flo
 
 # %% ../nbs/01_kmeans.ipynb #means
 def _means(space, codes, k, around=None):
-    # (k, d) scaled, NaN for an empty cluster, and the weight of each (k,); `around`: centres near the means, to start from
+    # (k, d) scaled, NaN for an empty cluster, and the weight of each (k,)
+    # `around`: centres near the means, to start from
     total = torch.zeros(space.rows.shape[1] + 1, k, dtype=torch.float64, device=codes.device)
     for a, b in _chunks(space.rows):
-        w = torch.ones(b - a, dtype=torch.float64, device=codes.device) if space.weight is None else space.weight[a:b]  # (m,)
+        ones = torch.ones(b - a, dtype=torch.float64, device=codes.device)  # (m,)
+        w = ones if space.weight is None else space.weight[a:b]  # (m,)
         values = space.scaled(space.rows[a:b]) - (space.shift if around is None else around[codes[a:b]])  # (m, d)
         total += torch.stack([_sums(x, codes[a:b], k) for x in (*(values.T * w), w)])  # (d + 1, k)
     _reduced(total, space.group)
     return (total[:-1] / total[-1]).T + (space.shift if around is None else around), total[-1]
 
 # %% ../nbs/01_kmeans.ipynb #update-worst
-def _worst(space, codebook, codes, k):  # of each cluster: the largest cost (k,), the first row that has it (k, d), are there other rows? (k,)
+def _worst(space, codebook, codes, k):
+    # of each cluster: the largest cost (k,), the first row that has it (k, d), are there other rows? (k,)
     cost, rows, n = space.cost(codebook, codes), space.rows, len(codes)  # (n,), (n, d)
     most = _reduced(cost.new_full((k,), -1).scatter_reduce_(0, codes, cost, "amax"), space.group, "MAX")
     at = (cost == most[codes]).nonzero()[:, 0]
@@ -407,7 +414,8 @@ def _donors(space, codebook, codes, count):
     return worst[:min(count, int(able.sum()))], row
 
 # %% ../nbs/01_kmeans.ipynb #update-fill
-def _move(space, codes, donors, row, empty):  # the worst row of each donor, and the rows equal to it, to an empty cluster
+def _move(space, codes, donors, row, empty):
+    # the worst row of each donor, and the rows equal to it, to an empty cluster
     target = codes.new_full((len(row),), -1)
     target[donors] = empty
     for a, b in _chunks(space.rows):
@@ -517,7 +525,9 @@ def _seed_random(space, k, generator):
 
 # %% ../nbs/01_kmeans.ipynb #greedy-plusplus
 def _greedy_plusplus(x, weight, first, draws):
-    distance = lambda i: (x - x[i]).double().square().sum(1)  # (n,)
+    def distance(i):
+        return (x - x[i]).double().square().sum(1)  # (n,)
+
     chosen = [_pick(weight.cumsum(0), first).item()]
     potential = distance(chosen[0])
     for u in draws:
@@ -538,7 +548,8 @@ def _too_large(n, d):
 # %% ../nbs/01_kmeans.ipynb #seed-sample
 def _seed_sample(space, k, generator):
     n, m = len(space.rows), IN_MEMORY // (8 * space.rows.shape[1] + 64)
-    warnings.warn(f"the {n:,} rows do not fit in IN_MEMORY={IN_MEMORY:,} bytes; k-means++ sees a random sample of {m:,} of them", stacklevel=6)
+    seen = f"k-means++ sees a random sample of {m:,} of them"
+    warnings.warn(f"the {n:,} rows do not fit in IN_MEMORY={IN_MEMORY:,} bytes; {seen}", stacklevel=6)
     sample = (_uniform(generator, m) * n).long().sort().values  # (m,)
     weight = None if space.weight is None else space.weight[sample]
     return sample[_seed_plusplus(space._replace(rows=space.rows[sample], weight=weight), k, generator)]
@@ -661,7 +672,8 @@ def _auto(rows, k, warm, whole):
     for name in _wanted(rows, k, warm, whole):
         if _available(_NEEDS.get(name, "torch")):
             return name
-        warnings.warn(f"backend={name!r} would be the best here and needs {_NEEDS[name]}, which is not installed", stacklevel=4)
+        lacking = f"needs {_NEEDS[name]}, which is not installed"
+        warnings.warn(f"backend={name!r} would be the best here and {lacking}", stacklevel=4)
 
 # %% ../nbs/01_kmeans.ipynb #backend-code
 def _backend(name, rows, k, warm, whole=True):
@@ -670,11 +682,13 @@ def _backend(name, rows, k, warm, whole=True):
     if name == "auto":
         return _auto(rows, k, warm, whole)
     if name in ("tree", "exact") and not whole:
-        raise ValueError(f"backend={name!r} needs all rows in one process; with a group take 'torch', 'faiss', 'triton' or 'keops'")
+        others = "with a group take 'torch', 'faiss', 'triton' or 'keops'"
+        raise ValueError(f"backend={name!r} needs all rows in one process; {others}")
     if name in ("faiss", "tree") and rows.device.type != "cpu":
         raise ValueError(f"backend={name!r} needs rows on the CPU, they are on {rows.device}")
     if name == "triton" and not _compiles_for(rows):
-        raise ValueError(f"backend='triton' needs rows of at most {_LONGEST} numbers on CUDA, not ({len(rows)}, {rows.shape[1]}) on {rows.device}")
+        given = f"({len(rows)}, {rows.shape[1]}) on {rows.device}"
+        raise ValueError(f"backend='triton' needs rows of at most {_LONGEST} numbers on CUDA, not {given}")
     if name == "exact" and rows.shape[1] != 1:
         raise ValueError(f"backend='exact' needs rows of length 1, not {rows.shape[1]}")
     if not _available(_NEEDS.get(name, "torch")):
@@ -701,12 +715,14 @@ def _fit(space, k, init, max_iter, tol, backend, generator):
         codebook, codes, n_iter = lloyd(space, k, _distinct(space.scaled(start)), max_iter, tol, backend)
     codebook, codes = _settled(space, _returned(space, codebook, codes), codes, backend)
     cost = _reduced(_total(space.cost(space.scaled(codebook), codes)), space.group)
-    return Clustering(codebook, codes, float(cost), n_iter)  # with scaled inertia: that of the rows may vanish or overflow
+    # with scaled inertia: that of the rows may vanish or overflow
+    return Clustering(codebook, codes, float(cost), n_iter)
 
 # %% ../nbs/01_kmeans.ipynb #distinct-code
 def _distinct(start):  # without the repeated centres, which would share out their rows at random
     values, where = (start + 0.0).unique(dim=0, return_inverse=True)
-    first = where.new_full((len(values),), len(start)).scatter_reduce_(0, where, torch.arange(len(start), device=start.device), "amin")
+    at = torch.arange(len(start), device=start.device)  # (k,)
+    first = where.new_full((len(values),), len(start)).scatter_reduce_(0, where, at, "amin")
     return start[first.sort().values]
 
 # %% ../nbs/01_kmeans.ipynb #together
@@ -769,7 +785,7 @@ def kmeans(
     n_init: int = 1, # seedings to try; the clustering of least inertia is kept
     backend: str = "auto", # one of BACKENDS; "exact" (d = 1) finds the optimum and needs no start
     seed=0, # an int, or a torch.Generator to draw from
-    group=None, # a torch.distributed process group, each process of which holds a part of the rows; needs a codebook as `init`
+    group=None, # a torch.distributed process group, a part of the rows in each process; needs a codebook as `init`
 ) -> Clustering: # with a group: the common codebook and inertia, and the codes of this process's rows
     """The k-means clustering of the rows: codebook, codes, inertia, n_iter (paper, equation 1; Lloyd, 1982).
 
@@ -792,7 +808,8 @@ def kmeans(
             raise ValueError(f"a group needs a codebook as init and pinned_zero=0, not {given}")
         backend = _backend(backend, rows, k, not isinstance(init, str), group is None)
     double = rows.dtype == torch.float64
-    _check_same(group, rows.device, init=init, k=k, max_iter=max_iter, tol=float(tol), sample_weight=weight is None, dtype=double)
+    _check_same(group, rows.device, init=init, k=k, max_iter=max_iter, tol=float(tol),
+                sample_weight=weight is None, dtype=double)
     n = int(_reduced(torch.tensor(len(rows), device=rows.device), group))
     _check_numbers(n, k, pinned_zero, max_iter, tol, n_init)
 
@@ -843,7 +860,8 @@ class _Parameters:  # what scikit-learn's BaseEstimator gives, without importing
         """The estimator itself, with some parameters changed. Raises `ValueError` for an unknown name."""
         for name, value in params.items():
             if name not in self.get_params():
-                raise ValueError(f"Invalid parameter {name!r} for estimator {self!r}. Valid parameters are: {list(self.get_params())}.")
+                valid = f"Valid parameters are: {list(self.get_params())}."
+                raise ValueError(f"Invalid parameter {name!r} for estimator {self!r}. {valid}")
             setattr(self, name, value)
         return self
 
@@ -861,12 +879,14 @@ def _fitted_rows(estimator, X, reset):  # a tensor of rows; checks the number of
     if not isinstance(X, torch.Tensor):
         from sklearn.utils.validation import validate_data
 
-        return torch.from_numpy(np.array(validate_data(estimator, X, reset=reset, dtype=[np.float64, np.float32]), order="C"))
+        checked = validate_data(estimator, X, reset=reset, dtype=[np.float64, np.float32])
+        return torch.from_numpy(np.array(checked, order="C"))
     rows = _checked_rows(X, "X")
     if reset:
         estimator.n_features_in_ = rows.shape[1]
     elif rows.shape[1] != estimator.n_features_in_:
-        raise ValueError(f"X has {rows.shape[1]} features, but KMeans is expecting {estimator.n_features_in_} features as input")
+        expected = f"KMeans is expecting {estimator.n_features_in_} features as input"
+        raise ValueError(f"X has {rows.shape[1]} features, but {expected}")
     return rows
 
 # %% ../nbs/01_kmeans.ipynb #fitted-weight

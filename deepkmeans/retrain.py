@@ -41,7 +41,7 @@ def heads(
 
 # %% ../nbs/04_retrain.ipynb #evaluate
 class Accuracy(NamedTuple):
-    """How many percent of the images have their class as the best guess, or among the best five; mean cross-entropy in nats."""
+    """Percent of the images with their class as the best guess, or among the best five; mean cross-entropy in nats."""
     top1: float
     top5: float
     loss: float
@@ -131,7 +131,7 @@ def distillation_loss(
     output, # of the student, see `heads`
     taught: torch.Tensor, # (b, classes) logits of the teacher
 ) -> torch.Tensor: # a scalar, in nats
-    """T·KL(teacher ‖ student) of outputs softened by T, mean over the images: as large a gradient as the cross-entropy's."""
+    """T·KL(teacher ‖ student) of outputs softened by T, mean over the images: a gradient like the cross-entropy's."""
     student = F.log_softmax(heads(output)[0].float() / TEMPERATURE, 1)  # (b, classes)
     teacher = F.log_softmax(taught.float() / TEMPERATURE, 1)  # (b, classes)
     return TEMPERATURE * F.kl_div(student, teacher, reduction="batchmean", log_target=True)

@@ -1,8 +1,10 @@
 """Build the documentation from the notebooks, without Quarto and without network: `python docs/build.py [FOLDER]`.
 
-The pages are laid out as the files of the repository are, so that one relative link serves the site, JupyterLab and a code host. Pages of the API come from the
-exported cells: signature, comments of the parameters, docstring, and a link to the cell.
+The pages are laid out as the files of the repository are, so that one relative link serves the site, JupyterLab and a
+code host. Pages of the API come from the exported cells: signature, comments of the parameters, docstring, and a link
+to the cell.
 """
+
 import ast
 import inspect
 import json
@@ -20,29 +22,40 @@ ROOT = Path(__file__).parent.parent
 SECTIONS = {  # caption: patterns of its pages, in their order
     "Get started": ["nbs/index.ipynb", "nbs/tutorials/*.ipynb", "nbs/retrain.ipynb"],
     "Method": ["nbs/[013-9]*_*.ipynb"],
-    "The paper": ["figures/README.md", "figures/networks/README.md", "nbs/paper/*.ipynb"],  # and every notebook of nbs/ that no section names
+    # and every notebook of nbs/ that no section names
+    "The paper": ["figures/README.md", "figures/networks/README.md", "nbs/paper/*.ipynb"],
     "Baselines": ["nbs/2*_*.ipynb"],
     "Reference": ["nbs/benchmarks*.ipynb", "api/index.md", "nbs/file_format.ipynb", "docs/*.md", "CHANGELOG.md"],
 }
-TITLES = {"nbs/index.ipynb": "Overview", "nbs/benchmarks.ipynb": "Benchmarks"}  # shorter in the navigation than on the page
+# shorter in the navigation than on the page
+TITLES = {"nbs/index.ipynb": "Overview", "nbs/benchmarks.ipynb": "Benchmarks"}
 RESULTS_FIRST = ("nbs/paper/", "nbs/benchmarks", "nbs/tutorials/evidence")  # pages whose code is folded
 
 
 # The notebooks
 
+
 def notebooks(root):
-    return [p for p in sorted((root / "nbs").glob("**/[!.]*.ipynb")) if not any(part[0] in "._" for part in p.relative_to(root).parts)]
+    return [
+        p
+        for p in sorted((root / "nbs").glob("**/[!.]*.ipynb"))
+        if not any(part[0] in "._" for part in p.relative_to(root).parts)
+    ]
 
 
 def cells(path, kind="code"):
-    return [{**c, "source": "".join(c["source"])} for c in json.loads(path.read_text())["cells"] if c["cell_type"] == kind]
+    return [
+        {**c, "source": "".join(c["source"])} for c in json.loads(path.read_text())["cells"] if c["cell_type"] == kind
+    ]
 
 
 def directives(source):
     return [line.split()[0].rstrip(":") for line in re.findall(r"^#\| *(\S.*)$", source, re.M)]
 
 
-def page(path, name, links):  # the notebook at `path` as the site shows it; `name` is its path in the repository, `links` what a name in backticks leads to
+# The notebook at `path` as the site shows it; `name` is its path in the repository, `links` what a name in backticks
+# leads to.
+def page(path, name, links):
     notebook = json.loads(path.read_text())
     notebook["metadata"]["language_info"] = {"name": "python", "pygments_lexer": "ipython3"}
     shown = []
@@ -55,12 +68,32 @@ def page(path, name, links):  # the notebook at `path` as the site shows it; `na
             if {"default_exp", "hide"} & set(said):
                 continue
             if "export" in said:
-                shown.append({"cell_type": "markdown", "id": f"at-{cell['id']}", "metadata": {}, "source": f"({label(name, cell)})="})
-            folded = {"exporti", "echo"} & set(said) or name == "nbs/index.ipynb" and "export" in said or name.startswith(RESULTS_FIRST)
-            cell["metadata"]["tags"] = [*cell["metadata"].get("tags", []), *["exported"] * ("export" in said), *["hide-input"] * bool(folded)]
+                shown.append(
+                    {
+                        "cell_type": "markdown",
+                        "id": f"at-{cell['id']}",
+                        "metadata": {},
+                        "source": f"({label(name, cell)})=",
+                    }
+                )
+            folded = (
+                {"exporti", "echo"} & set(said)
+                or name == "nbs/index.ipynb"
+                and "export" in said
+                or name.startswith(RESULTS_FIRST)
+            )
+            cell["metadata"]["tags"] = [
+                *cell["metadata"].get("tags", []),
+                *["exported"] * ("export" in said),
+                *["hide-input"] * bool(folded),
+            ]
             cell["source"] = re.sub(r"^#\|.*\n?", "", cell["source"], flags=re.M)
-            cell["outputs"] = [o for o in cell["outputs"] if not (o.get("name") == "stderr" and "\r" in "".join(o["text"]))]  # progress bars
-            if folded and shown[-1]["cell_type"] == "code" and not shown[-1]["outputs"]:  # one fold for code that follows code
+            # without progress bars
+            cell["outputs"] = [
+                o for o in cell["outputs"] if not (o.get("name") == "stderr" and "\r" in "".join(o["text"]))
+            ]
+            # one fold for code that follows code
+            if folded and shown[-1]["cell_type"] == "code" and not shown[-1]["outputs"]:
                 cell["source"] = shown.pop()["source"].rstrip() + "\n\n\n" + cell["source"]
         shown.append(cell)
     if name.startswith(RESULTS_FIRST):
@@ -77,7 +110,8 @@ def label(name, cell):
     return f"{Path(name).stem}-{cell['id']}"
 
 
-def linked(text, links):  # `share` → a link to its page in the API, but for code blocks, headings and the text of other links
+# `share` → a link to its page in the API, but for code blocks, headings and the text of other links
+def linked(text, links):
     parts = re.split(r"(^```\w.*?^```$|^#[^\n]*$)", text, flags=re.S | re.M)
     parts[::2] = [re.sub(r"(?<![\[`])`(\w+)`(?![\]`])", lambda m: links.get(m[1], m[0]), part) for part in parts[::2]]
     return "".join(parts)
@@ -85,10 +119,13 @@ def linked(text, links):  # `share` → a link to its page in the API, but for c
 
 # The API
 
+
 def modules(root):  # {module: (notebook, [(cell, its definitions)])} in reading order
     found = {}
     for path in notebooks(root):
-        name = next((m[1] for c in cells(path) if (m := re.match(r"#\| *default_exp ([\w.]+)", c["source"]))), "__init__")
+        name = next(
+            (m[1] for c in cells(path) if (m := re.match(r"#\| *default_exp ([\w.]+)", c["source"]))), "__init__"
+        )
         if name != "__init__":
             exported = [c for c in cells(path) if "export" in directives(c["source"])]
             found[name] = path, [(c, [n for n in ast.parse(c["source"]).body if is_public(n)]) for c in exported]
@@ -107,14 +144,32 @@ def name_of(node):  # of what is defined here: a function, a class, a constant; 
 
 def described(node, source, place):  # a definition as a directive of Sphinx's Python domain
     if isinstance(node, ast.ClassDef):
-        inside = [n for n in node.body if isinstance(n, ast.FunctionDef) and not n.name.startswith("_") and ast.get_docstring(n)]
+        inside = [
+            n
+            for n in node.body
+            if isinstance(n, ast.FunctionDef) and not n.name.startswith("_") and ast.get_docstring(n)
+        ]
         init = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
-        arguments = f"({signature(init, skip=1)})" if init else f"({', '.join(ast.unparse(f) for f in fields(node))})" if fields(node) else ""
+        arguments = f"({', '.join(ast.unparse(f) for f in fields(node))})" if fields(node) else ""
+        if init:
+            arguments = f"({signature(init, skip=1)})"
         text = [prose(node), table(parameters(init, source) if init else field_rows(node, source)), place]
         return directive("class", node.name + arguments, *text, *[method(n, source) for n in inside])
     if isinstance(node, ast.FunctionDef):
-        return directive("function", f"{node.name}({signature(node)}){arrow(node)}", prose(node), table(parameters(node, source)), place)
-    return directive("data", name_of(node), comments(source).get(node.end_lineno, ""), f"```python\n{ast.get_source_segment(source, node)}\n```", place)
+        return directive(
+            "function",
+            f"{node.name}({signature(node)}){arrow(node)}",
+            prose(node),
+            table(parameters(node, source)),
+            place,
+        )
+    return directive(
+        "data",
+        name_of(node),
+        comments(source).get(node.end_lineno, ""),
+        f"```python\n{ast.get_source_segment(source, node)}\n```",
+        place,
+    )
 
 
 def method(node, source):
@@ -143,9 +198,14 @@ def prose(node):
     return inspect.cleandoc(ast.get_docstring(node) or "")
 
 
-def parameters(node, source):  # [(name, default, comment)] of those that have a comment on a line of their own, and of what is returned
+# [(name, default, comment)] of those that have a comment on a line of their own, and of what is returned
+def parameters(node, source):
     notes, last = comments(source), header_end(node, source)
-    rows = [(f"`{a.arg}`", f"`{ast.unparse(default)}`" if default else "", notes.get(a.lineno, "")) for a, default in arguments(node) if a.lineno != last]
+    rows = [
+        (f"`{a.arg}`", f"`{ast.unparse(default)}`" if default else "", notes.get(a.lineno, ""))
+        for a, default in arguments(node)
+        if a.lineno != last
+    ]
     return [row for row in [*rows, ("returns", "", notes.get(last, "").lstrip("→ "))] if row[2]]
 
 
@@ -157,7 +217,11 @@ def arguments(node):  # [(argument, its default or None)]
 
 def header_end(node, source):  # the line on which the signature ends
     lines = source.splitlines()
-    return next(i for i in range(node.lineno, node.body[0].lineno + 1) if lines[i - 1].partition("#")[0].rstrip().endswith(":") or i == node.body[0].lineno)
+    return next(
+        i
+        for i in range(node.lineno, node.body[0].lineno + 1)
+        if lines[i - 1].partition("#")[0].rstrip().endswith(":") or i == node.body[0].lineno
+    )
 
 
 def fields(node):
@@ -166,18 +230,30 @@ def fields(node):
 
 def field_rows(node, source):
     notes = comments(source)
-    return [(f"`{f.target.id}`", f"`{ast.unparse(f.value)}`" if f.value else "", notes[f.end_lineno]) for f in fields(node) if f.end_lineno in notes]
+    return [
+        (f"`{f.target.id}`", f"`{ast.unparse(f.value)}`" if f.value else "", notes[f.end_lineno])
+        for f in fields(node)
+        if f.end_lineno in notes
+    ]
 
 
 def comments(source):  # {line: comment}
-    return {t.start[0]: t.string.lstrip("# ") for t in tokenize.generate_tokens(StringIO(source).readline) if t.type == tokenize.COMMENT}
+    return {
+        t.start[0]: t.string.lstrip("# ")
+        for t in tokenize.generate_tokens(StringIO(source).readline)
+        if t.type == tokenize.COMMENT
+    }
 
 
 def table(rows):
     if not any(default for _, default, _ in rows):
         rows = [(name, text) for name, _, text in rows]
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-    return "\n".join(["| name | " + "default | " * (len(rows[0]) - 2) + "|", "|---" * len(rows[0]) + "|", *lines]) if rows else ""
+    return (
+        "\n".join(["| name | " + "default | " * (len(rows[0]) - 2) + "|", "|---" * len(rows[0]) + "|", *lines])
+        if rows
+        else ""
+    )
 
 
 def first_line(node):
@@ -190,16 +266,23 @@ def write_api(root, stage, links):
     for name, (path, exported) in pages.items():
         chapter = path.relative_to(root)
         title, _, about = cells(path, "markdown")[0]["source"].partition("\n")
-        head = f"# {name}\n\n{about.strip()}\n\nThe chapter: [{title.strip('# ')}](../{chapter}).\n\n```{{py:module}} deepkmeans.{name}\n```"
+        chapter_link = f"The chapter: [{title.strip('# ')}](../{chapter})."
+        head = f"# {name}\n\n{about.strip()}\n\n{chapter_link}\n\n```{{py:module}} deepkmeans.{name}\n```"
         text = [described(n, c["source"], f"[source](#{label(chapter, c)})") for c, nodes in exported for n in nodes]
         (stage / "api" / f"{name}.md").write_text(linked("\n\n".join([head, *text]), links) + "\n")
-        rows += [f"| {links[n.name]} | {name} | {first_line(n)} |" for _, nodes in exported for n in nodes if name_of(n) in links and hasattr(n, "name")]
+        rows += [
+            f"| {links[n.name]} | {name} | {first_line(n)} |"
+            for _, nodes in exported
+            for n in nodes
+            if name_of(n) in links and hasattr(n, "name")
+        ]
     (stage / "api" / "index.md").write_text(API.format(rows="\n".join(rows), pages="\n".join(pages)))
 
 
 API = """# API
 
-All of these come with `import deepkmeans as dk`, but for the baselines: `from deepkmeans.baselines.car import greedy`. Every wrong argument is a `ValueError` that names the argument, its value and the bound.
+All of these come with `import deepkmeans as dk`, but for the baselines: `from deepkmeans.baselines.car import greedy`.
+Every wrong argument is a `ValueError` that names the argument, its value and the bound.
 
 | name | module | |
 |---|---|---|
@@ -233,12 +316,21 @@ def public_names(path):  # of a module
 
 # The site
 
+
 def navigation(stage):  # toctrees for the front page
-    found = lambda pattern: sorted(p.relative_to(stage).as_posix() for p in stage.glob(pattern))
+    def found(pattern):
+        return sorted(p.relative_to(stage).as_posix() for p in stage.glob(pattern))
+
     pages = {caption: [p for pattern in patterns for p in found(pattern)] for caption, patterns in SECTIONS.items()}
     pages["The paper"] += sorted(set(found("nbs/*.ipynb")) - {p for section in pages.values() for p in section})
-    entry = lambda p: f"{TITLES[p]} <{p}>" if p in TITLES else p
-    return "\n\n".join(f"```{{toctree}}\n:hidden:\n:caption: {caption}\n\n" + "\n".join(map(entry, section)) + "\n```" for caption, section in pages.items())
+
+    def entry(page):
+        return f"{TITLES[page]} <{page}>" if page in TITLES else page
+
+    return "\n\n".join(
+        f"```{{toctree}}\n:hidden:\n:caption: {caption}\n\n" + "\n".join(map(entry, section)) + "\n```"
+        for caption, section in pages.items()
+    )
 
 
 def stage_pages(root, stage):
@@ -250,7 +342,8 @@ def stage_pages(root, stage):
         (stage / name).write_text(page(path, name, links))
     shutil.copytree(root / "figures", stage / "figures")
     gallery = stage / "figures" / "README.md"
-    gallery.write_text(re.sub(r"\[(\w+\.md)\]\(\1\)", r"{download}`\1`", gallery.read_text()))  # Sphinx takes a link to Markdown for a page
+    # Sphinx takes a link to Markdown for a page
+    gallery.write_text(re.sub(r"\[(\w+\.md)\]\(\1\)", r"{download}`\1`", gallery.read_text()))
     (stage / "docs").mkdir()
     for path in (*(root / "docs").glob("*.md"), root / "CHANGELOG.md"):
         (stage / path.relative_to(root)).write_text(linked(path.read_text(), links))
@@ -265,7 +358,7 @@ def stage_pages(root, stage):
 def copy_mathjax(target):  # the script and its fonts, out of a wheel that holds nothing else of use
     for file in distribution("sphinx-mathjax-offline").files:
         if file.name == "tex-mml-chtml.js" or "woff-v2" in file.parts:
-            place = target / Path(*file.parts[file.parts.index("mathjax") + 1:])
+            place = target / Path(*file.parts[file.parts.index("mathjax") + 1 :])
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file.locate(), place)
 
@@ -274,7 +367,8 @@ def build(root=ROOT, out=None):
     out = Path(out or root / "docs" / "_build")
     stage_pages(root, out / "source")
     static = f"html_static_path={out / 'source' / '_static'}"
-    return build_main(["-q", "-W", "--keep-going", "-c", str(root / "docs"), "-D", static, "-d", str(out / "doctrees"), str(out / "source"), str(out / "html")])
+    places = ["-c", str(root / "docs"), "-d", str(out / "doctrees"), str(out / "source"), str(out / "html")]
+    return build_main(["-q", "-W", "--keep-going", "-D", static, *places])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """Settings of the documentation; `docs/build.py` lays out its pages."""
+
 from configparser import ConfigParser
 from pathlib import Path
 

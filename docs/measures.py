@@ -3,6 +3,7 @@
 An exported cell is one that begins with `#| export` and holds more than imports; directives are no lines of it.
 A definition is a function or class at the top level of such a cell. The 90th percentile (p90) is the nearest rank.
 """
+
 import ast
 import json
 import sys

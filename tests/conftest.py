@@ -1,4 +1,5 @@
 """What several test files use."""
+
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,14 @@ def root():
 @pytest.fixture(scope="session")
 def papermill():
     """Run `papermill NOTEBOOK -p name value …` as a user types it, in the root of the repository."""
+
     def run(notebook, **parameters):
         given = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
-        return subprocess.run([sys.executable, "-m", "papermill", str(notebook), "--no-progress-bar", *given], cwd=ROOT, capture_output=True, text=True)
+        return subprocess.run(
+            [sys.executable, "-m", "papermill", str(notebook), "--no-progress-bar", *given],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+
     return run

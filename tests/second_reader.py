@@ -1,4 +1,8 @@
-"""A second reader of compressed files, written from nbs/file_format.ipynb alone: it knows neither the package nor its entropy coder."""
+"""A second reader of compressed files, written from nbs/file_format.ipynb alone.
+
+It knows neither the package nor its entropy coder.
+"""
+
 import json
 import struct
 import zlib
@@ -9,31 +13,47 @@ from math import prod
 import numpy as np
 
 SIZES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-NUMPY = {"F64": "<f8", "I64": "<i8", "F32": "<f4", "I32": "<i4", "F16": "<f2", "I16": "<i2", "I8": "i1", "U8": "u1", "BOOL": "?"}
+NUMPY = {
+    "F64": "<f8",
+    "I64": "<i8",
+    "F32": "<f4",
+    "I32": "<i4",
+    "F16": "<f2",
+    "I16": "<i2",
+    "I8": "i1",
+    "U8": "u1",
+    "BOOL": "?",
+}
 
 
-def read_dense(path): # → {name: array} of the dense network
+def read_dense(path):  # → {name: array} of the dense network
     data = open(path, "rb").read()
     (length,) = struct.unpack("<Q", data[:8])
-    header, body = json.loads(data[8:8 + length]), data[8 + length:]
+    header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
     metadata = header.pop("__metadata__")
     assert metadata["format"] == "deepkmeans" and metadata["version"] == "1"
     arrays = {name: body[slice(*entry["data_offsets"])] for name, entry in header.items()}
     sums = struct.unpack(f"<{len(arrays)}I", arrays.pop("checksums"))
-    assert list(sums) == [zlib.crc32(part) for part in (data[:8 + length], *arrays.values())]
+    assert list(sums) == [zlib.crc32(part) for part in (data[: 8 + length], *arrays.values())]
 
     at = dict.fromkeys(arrays, 0)
 
     def take(name, size):
         at[name] += size
-        return arrays[name][at[name] - size:at[name]] if size else b""
+        return arrays[name][at[name] - size : at[name]] if size else b""
 
     dense, (columns, *lines) = {}, json.loads(metadata["layers"])
     for layer in (dict(zip(columns, line)) for line in lines):
         n, k, pinned, d = layer["n"], layer["k"], layer["pinned"], prod(layer["shape"]) // layer["n"]
-        book = numbers(take(f"codebooks.{layer['stored']}", (k - pinned) * d * SIZES[layer["stored"]]), layer["stored"]).reshape(k - pinned, d)
+        book = numbers(
+            take(f"codebooks.{layer['stored']}", (k - pinned) * d * SIZES[layer["stored"]]), layer["stored"]
+        ).reshape(k - pinned, d)
         book = np.concatenate([np.zeros((pinned, d), book.dtype), book]).astype(NUMPY[layer["dtype"]])
-        weights = [(8 + (b - 1) % 8 << (b - 1) // 8) if b else 0 for b in take("histograms", k)] if layer["histogram"] else [1] * k
+        weights = (
+            [(8 + (b - 1) % 8 << (b - 1) // 8) if b else 0 for b in take("histograms", k)]
+            if layer["histogram"]
+            else [1] * k
+        )
         codes = decode(weights, struct.unpack(f"<{layer['words']}I", take("codes", 4 * layer["words"])), n)
         dense[f"{layer['name']}.weight".lstrip(".")] = book[codes].reshape(layer["shape"])
     for dtype, tensors in json.loads(metadata.get("tensors", "{}")).items():
@@ -48,7 +68,7 @@ def numbers(data, dtype):
     return np.frombuffer(data, NUMPY[dtype])
 
 
-def decode(weights, words, n): # → (n,) codes
+def decode(weights, words, n):  # → (n,) codes
     used = [j for j, w in enumerate(weights) if w]
     f = [1 + weights[j] * (2**24 - len(used)) // sum(weights) for j in used]
     f[f.index(max(f))] += 2**24 - sum(f)

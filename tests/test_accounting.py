@@ -1,4 +1,5 @@
 """What is counted is what lies on the disk, unless another coding is named."""
+
 import pytest
 import torch
 import torch.nn as nn
@@ -8,7 +9,9 @@ import deepkmeans as dk
 
 def network():
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ConvTranspose2d(16, 8, 3), nn.Flatten(), nn.Linear(32, 10))
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ConvTranspose2d(16, 8, 3), nn.Flatten(), nn.Linear(32, 10)
+    )
     dk.share(net, dk.make_plan(net, k=5))
     return net
 
@@ -17,7 +20,11 @@ def test_without_a_coding_the_bytes_on_disk_are_counted(tmp_path):
     net = network()
     size = dk.save_compressed(net, tmp_path / "net.dkm")
     report = dk.compression(net)
-    assert report.coding == "file" and report.bits == 8 * size and report.dense_bits == 8 * sum(t.nbytes for t in dk.unshare(net).state_dict().values())
+    assert (
+        report.coding == "file"
+        and report.bits == 8 * size
+        and report.dense_bits == 8 * sum(t.nbytes for t in dk.unshare(net).state_dict().values())
+    )
     assert str(report).endswith("(bytes on disk, scope network)")
 
 
@@ -34,7 +41,9 @@ def test_a_weight_that_is_computed_from_others_lies_where_its_layer_is():
     assert dk.compression(net, scope="conv").bits == dk.compression(net, scope="0").bits == 32 * (4 * 3 * 9 + 4 + 4)
 
 
-@pytest.mark.parametrize("wrong", [dict(biases=False), dict(batchnorm=False), dict(scope="3"), dict(coding="zip"), dict(scope="nowhere")])
+@pytest.mark.parametrize(
+    "wrong", [dict(biases=False), dict(batchnorm=False), dict(scope="3"), dict(coding="zip"), dict(scope="nowhere")]
+)
 def test_what_a_file_cannot_leave_out_is_an_error(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         dk.compression(network(), **wrong)

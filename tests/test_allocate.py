@@ -1,4 +1,5 @@
-"""The allocator on whole networks: it reaches what it is asked for, repeats itself, and what it did not choose is worse."""
+"""The allocator on whole networks: it reaches what it is asked for, repeats itself, and what it left is worse."""
+
 import copy
 import random
 
@@ -11,11 +12,25 @@ import deepkmeans as dk
 
 def vgg_like():
     torch.manual_seed(3)
-    return nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3, groups=4), nn.ReLU(),
-                         nn.Conv2d(32, 64, 1), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(256, 40), nn.Linear(40, 10))
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, groups=4),
+        nn.ReLU(),
+        nn.Conv2d(32, 64, 1),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(256, 40),
+        nn.Linear(40, 10),
+    )
 
 
-NETWORKS = {"lenet5": lambda: dk.build("lenet5", image_size=16), "vgg-like": vgg_like, "wide_resnet": lambda: dk.build("wide_resnet", depth=10, widen=1)}
+NETWORKS = {
+    "lenet5": lambda: dk.build("lenet5", image_size=16),
+    "vgg-like": vgg_like,
+    "wide_resnet": lambda: dk.build("wide_resnet", depth=10, widen=1),
+}
 
 
 @pytest.fixture(scope="module", params=NETWORKS)
@@ -74,6 +89,7 @@ def test_transposed_convolutions_are_allocated_and_what_stays_dense_is_named():
 
 def auxiliary(name):
     import torchvision
+
     net = torchvision.models.get_model(name, weights=None, num_classes=5, init_weights=False, aux_logits=True)
     return net, [(torch.randn(4, 3, 80, 80, generator=torch.Generator().manual_seed(0)), None)]
 
@@ -92,10 +108,16 @@ def test_networks_with_auxiliary_heads_have_an_information_and_the_heads_none(na
     net, data = auxiliary(name)
     layers = [name for name, m in net.named_modules() if isinstance(m, nn.Conv2d)]
     information = dk.fisher(net.train(), data, layers, images=4)
-    assert net.training and {name for name, f in information.items() if not f.any()} == {name for name in layers if name.lower().startswith("aux")}
+    assert net.training and {name for name, f in information.items() if not f.any()} == {
+        name for name in layers if name.lower().startswith("aux")
+    }
 
 
-@pytest.mark.parametrize("pack", [lambda y, z: dict(loss=z, logits=y), lambda y, z: dict(out=y, aux=z), lambda y, z: (y, z)], ids=["logits", "out", "tuple"])
+@pytest.mark.parametrize(
+    "pack",
+    [lambda y, z: dict(loss=z, logits=y), lambda y, z: dict(out=y, aux=z), lambda y, z: (y, z)],
+    ids=["logits", "out", "tuple"],
+)
 def test_logits_are_found_in_dictionaries_and_tuples_frozen_or_not_and_without_gradients(pack):
     data = [(torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1)), None)]
     plain, net = dk.fisher(vgg_like(), data, ["0", "8"], images=8), Outputs(pack).requires_grad_(False)
@@ -103,7 +125,11 @@ def test_logits_are_found_in_dictionaries_and_tuples_frozen_or_not_and_without_g
     for surrounding in (torch.no_grad(), torch.inference_mode(), torch.enable_grad()):
         with surrounding:
             information = dk.fisher(net, data, ["net.0", "net.8", "aux"], images=8)
-        assert torch.equal(information["net.0"], plain["0"]) and torch.equal(information["net.8"], plain["8"]) and not information["aux"].any()
+        assert (
+            torch.equal(information["net.0"], plain["0"])
+            and torch.equal(information["net.8"], plain["8"])
+            and not information["aux"].any()
+        )
     assert not net.net[1].training and net.training and not any(p.requires_grad for p in net.parameters())
 
 
@@ -146,7 +172,10 @@ def test_no_list_of_k_that_is_as_small_loses_less(measured):
     loss, bits = relative_loss(net, plan)
     draw, smaller = random.Random(0), 0
     for _ in range(12):
-        other = {name: dk.LayerPlan(k=max(2, round(p.k * draw.uniform(0.6, 1.3))), sparsity=p.sparsity) for name, p in plan.items()}
+        other = {
+            name: dk.LayerPlan(k=max(2, round(p.k * draw.uniform(0.6, 1.3))), sparsity=p.sparsity)
+            for name, p in plan.items()
+        }
         its_loss, its_bits = relative_loss(net, other)
         if its_bits <= bits:
             smaller += 1
@@ -181,16 +210,19 @@ def test_a_layer_is_worth_the_root_of_its_fisher_energy_and_without_data_as_much
     curves, alike = dk.layer_curves(net, data), dk.layer_curves(net)
     for name, f in dk.fisher(net, data, list(curves)).items():
         energy = (f * net.get_submodule(name).weight.double() ** 2).sum().item() / 2
-        assert curves[name].zero[-1] == pytest.approx(energy ** 0.5) and alike[name].zero[-1] == pytest.approx(1)
+        assert curves[name].zero[-1] == pytest.approx(energy**0.5) and alike[name].zero[-1] == pytest.approx(1)
 
 
-@pytest.mark.parametrize("wrong, message", [
-    (dict(ratio=0.9), "ratio=0.9 must be above 1"),
-    (dict(ratio=1e5), "ratio=100000.0 must be above 1 and at most"),
-    (dict(ratio=4, exclude=["conv"]), "no layer is called 'conv'"),
-    (dict(ratio=4, data=[]), "loader gives no images"),
-    (dict(ratio=4, layout="rows"), "layout='rows' must be one of"),
-])
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (dict(ratio=0.9), "ratio=0.9 must be above 1"),
+        (dict(ratio=1e5), "ratio=100000.0 must be above 1 and at most"),
+        (dict(ratio=4, exclude=["conv"]), "no layer is called 'conv'"),
+        (dict(ratio=4, data=[]), "loader gives no images"),
+        (dict(ratio=4, layout="rows"), "layout='rows' must be one of"),
+    ],
+)
 def test_errors_name_argument_value_and_bound(wrong, message):
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         dk.allocate(vgg_like(), **wrong)

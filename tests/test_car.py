@@ -1,4 +1,5 @@
 """CAR on the networks of the paper: a filter that is out computes what a silenced channel computes."""
+
 import copy
 
 import pytest
@@ -8,12 +9,15 @@ from deepkmeans.baselines.car import remove_filters
 from deepkmeans.models import build
 
 
-@pytest.mark.parametrize("name, layer, consumers", [
-    ("lenet5", "conv2", ["fc1"]),
-    ("tt_conv_cnn", "conv1_1", ["bn1_1", "conv1_2"]),
-    ("freshnet_cnn", "conv2", ["conv3"]),
-    ("wide_resnet", "stage1.b1.conv1", ["stage1.b1.bn2", "stage1.b1.conv2"]),
-])
+@pytest.mark.parametrize(
+    "name, layer, consumers",
+    [
+        ("lenet5", "conv2", ["fc1"]),
+        ("tt_conv_cnn", "conv1_1", ["bn1_1", "conv1_2"]),
+        ("freshnet_cnn", "conv2", ["conv3"]),
+        ("wide_resnet", "stage1.b1.conv1", ["stage1.b1.bn2", "stage1.b1.conv2"]),
+    ],
+)
 def test_removal_equals_silence(name, layer, consumers):
     net = build(name, in_channels=1).eval()
     names = dict(net.named_modules())

@@ -1,4 +1,5 @@
 """The command line as a user types it: mostly in this process, a few times as the installed program."""
+
 import importlib.util
 import io
 import json
@@ -23,7 +24,9 @@ import os, signal, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from torch import nn
 
-def small(num_classes=10, width=6): return nn.Sequential(nn.Conv2d(1, width, 3), nn.ReLU(), nn.ConvTranspose2d(width, 4, 3), nn.Flatten(), nn.Linear(256, num_classes))
+def small(num_classes=10, width=6):
+    convolutions = nn.Conv2d(1, width, 3), nn.ReLU(), nn.ConvTranspose2d(width, 4, 3)
+    return nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(256, num_classes))
 def number(): return 7
 def broken(): return 1 / 0
 
@@ -43,7 +46,10 @@ def folder(tmp_path_factory):
     save_file(net.state_dict(), folder / "lenet.safetensors")
     torch.save(net.state_dict(), folder / "lenet.pt")
     torch.save({"state_dict": net.state_dict(), "epoch": 3}, folder / "nested.pt")
-    save_file({f"model.{k}": v for k, v in net.state_dict().items()} | {"momentum.0": torch.zeros(2)}, folder / "training.safetensors")
+    save_file(
+        {f"model.{k}": v for k, v in net.state_dict().items()} | {"momentum.0": torch.zeros(2)},
+        folder / "training.safetensors",
+    )
     for word in ("module.", "_orig_mod.", "module._orig_mod."):
         torch.save({f"{word}{k}": v for k, v in net.state_dict().items()}, folder / f"{word}pt")
     for word in ("model", "net", "model_state_dict"):
@@ -68,35 +74,59 @@ def run(line, capsys):
     return code, out, err
 
 
-KINDS = ("lenet.safetensors", "lenet.pt", "nested.pt", "training.safetensors", "module.pt", "_orig_mod.pt", "module._orig_mod.pt", "model.pt", "net.pt",
-         "model_state_dict.pt", "both.pt")
+KINDS = (
+    "lenet.safetensors",
+    "lenet.pt",
+    "nested.pt",
+    "training.safetensors",
+    "module.pt",
+    "_orig_mod.pt",
+    "module._orig_mod.pt",
+    "model.pt",
+    "net.pt",
+    "model_state_dict.pt",
+    "both.pt",
+)
 
 
 @pytest.mark.parametrize("checkpoint", KINDS)
 def test_compress_reads_every_kind_of_checkpoint(checkpoint, here, capsys):
     code, out, err = run(f"compress {checkpoint} --arch lenet5 --K 8 -o out.dkm --json", capsys)
     found = json.loads(out)
-    assert (code, err) == (0, "") and found["bytes"] == Path("out.dkm").stat().st_size and [r["k"] for r in found["layers"]] == [8, 8]
+    assert (
+        (code, err) == (0, "")
+        and found["bytes"] == Path("out.dkm").stat().st_size
+        and [r["k"] for r in found["layers"]] == [8, 8]
+    )
     assert torch.equal(load_compressed("out.dkm").fc1.weight, load_file("lenet.safetensors")["fc1.weight"])
 
 
 def test_inspect_and_decompress_agree_with_the_library(here, capsys):
-    run("compress lenet.safetensors --arch lenet5 --rate 0.02 --first 10 --sparsity 0.3 --codebook float16 --exclude conv1 -o half.dkm", capsys)
+    options = "--rate 0.02 --first 10 --sparsity 0.3 --codebook float16 --exclude conv1"
+    run(f"compress lenet.safetensors --arch lenet5 {options} -o half.dkm", capsys)
     code, out, _ = run("inspect half.dkm", capsys)
     assert code == 0 and "conv2" in out and "F16" in out and f"{inspect('half.dkm').bytes:,} bytes" in out
-    assert sum(r["bytes"] for r in json.loads(run("inspect half.dkm --json", capsys)[1])["rows"]) == Path("half.dkm").stat().st_size
+    assert (
+        sum(r["bytes"] for r in json.loads(run("inspect half.dkm --json", capsys)[1])["rows"])
+        == Path("half.dkm").stat().st_size
+    )
     assert run("decompress half.dkm -o dense.safetensors", capsys)[0] == 0
     net, dense = build("lenet5"), load_file("dense.safetensors")
     net.load_state_dict(dense)
     x = torch.randn(2, 1, 28, 28)
-    assert torch.equal(net.eval()(x), load_compressed("half.dkm")(x)) and len(np.unique(dense["conv2.weight"].reshape(-1, 5), axis=0)) == 10
+    assert (
+        torch.equal(net.eval()(x), load_compressed("half.dkm")(x))
+        and len(np.unique(dense["conv2.weight"].reshape(-1, 5), axis=0)) == 10
+    )
 
 
 def test_tables_are_broken_at_the_width_of_a_terminal(here, capsys, monkeypatch):
     run("compress lenet.safetensors --arch lenet5 --K 8 -o out.dkm", capsys)
     assert max(map(len, run("inspect out.dkm", capsys)[1].splitlines())) > 60
     monkeypatch.setenv("COLUMNS", "60")
-    for stream in (sys.stderr, sys.__stdout__):  # what a library prints goes to the standard error, so the program writes its table with that in the place of the output
+    # what a library prints goes to the standard error, so the program writes its table with that in the place of the
+    # output
+    for stream in (sys.stderr, sys.__stdout__):
         monkeypatch.setattr(stream, "isatty", lambda: True)
     for line in ("inspect out.dkm", "energy out.dkm"):
         table = run(line, capsys)[1].splitlines()[2:]
@@ -113,12 +143,17 @@ def test_evaluate_on_the_embedded_data(here, capsys):
 def test_a_torchvision_network(here, capsys):
     pytest.importorskip("torchvision")
     save_file(build("torchvision:squeezenet1_1", 4, seed=1).state_dict(), "squeeze.safetensors")
-    code, out, err = run("compress squeeze.safetensors --arch squeezenet1_1 --num-classes 4 --K 4 --layout kernel -o squeeze.dkm --json", capsys)
+    code, out, err = run(
+        "compress squeeze.safetensors --arch squeezenet1_1 --num-classes 4 --K 4 --layout kernel -o squeeze.dkm --json",
+        capsys,
+    )
     assert code == 0 and json.loads(out)["ratio"] > 5, err
     assert load_compressed("squeeze.dkm")(torch.zeros(1, 3, 64, 64)).shape == (1, 4)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("deepkmeans.allocate") is None, reason="the chapter on choosing K is not here")
+@pytest.mark.skipif(
+    importlib.util.find_spec("deepkmeans.allocate") is None, reason="the chapter on choosing K is not here"
+)
 def test_a_wanted_ratio_is_reached(here, capsys):
     code, out, err = run("compress lenet.safetensors --arch lenet5 --ratio 20 -o ratio.dkm --json", capsys)
     assert code == 0 and abs(json.loads(out)["ratio"] / 20 - 1) < 0.01, err
@@ -133,45 +168,66 @@ def test_energy_of_a_file_and_of_a_name(here, capsys):
     assert file["total"] < named["total"]
 
 
-@pytest.mark.parametrize("line, message", [
-    ("compress missing.pt --arch lenet5 --K 8 -o x.dkm", "checkpoint='missing.pt' is no file"),
-    ("compress pickled.pt --arch lenet5 --K 8 -o x.dkm", "it holds Python objects, such as a whole network; save its state_dict()"),
-    ("compress text.pt --arch lenet5 --K 8 -o x.dkm", "neither torch nor safetensors wrote it"),
-    ("compress empty.pt --arch lenet5 --K 8 -o x.dkm", "neither torch nor safetensors wrote it"),
-    ("compress lenet.pt --arch lenet6 --K 8 -o x.dkm", "must be one of lenet5"),
-    ("compress lenet.pt --arch lenet5 --num-classes 7 --K 8 -o x.dkm", "'fc2.weight' is 10×500 in the file and 7×500"),
-    ("compress lenet.pt --arch tt_conv_cnn --K 8 -o x.dkm", "'conv1_1.weight' is no such tensor in the file"),
-    ("compress lenet.pt --arch lenet5 --option depth --K 8 -o x.dkm", "must read NAME=VALUE"),
-    ("compress lenet.pt --arch lenet5 --rate 1.5 -o x.dkm", "rate=1.5 must be above 0"),
-    ("compress lenet.pt --arch lenet5 --K 8 --exclude nothing -o x.dkm", "no layer is called 'nothing'"),
-    ("compress lenet.pt --arch lenet5 --K 8 -o no/such/folder/x.dkm", "path='no/such/folder/x.dkm' is in a folder that does not exist"),
-    ("compress lenet.pt --arch lenet5 --K 8 -o .", "is no regular file"),
-    ("compress lenet.pt --arch lenet5 --K 8 -o lenet.pt", "path='lenet.pt' is the file that is read"),
-    ("compress lenet.pt --arch lenet5 --K 8 -o ./nowhere/../lenet.pt", "is the file that is read"),
-    ("decompress good.dkm -o good.dkm", "path='good.dkm' is the file that is read"),
-    ("decompress good.dkm -o no/x.safetensors", "in a folder that does not exist"),
-    ("compress lenet.pt --arch lenet5 --ratio 0 -o x.dkm", "ratio=0.0 must be above 1"),
-    ("compress lenet.pt --arch lenet5 --rate 0 -o x.dkm", "rate=0.0 must be above 0"),
-    ("compress lenet.pt --arch lenet5 --option depth=16 --K 8 -o x.dkm", "unexpected keyword argument 'depth'"),
-    ("compress lenet.pt --arch wide_resnet --option widen=-1 --K 8 -o x.dkm", "arch='wide_resnet' with {'widen': -1} cannot be built"),
-    ("compress lenet.pt --arch wide_resnet --option num_classes=3 --K 8 -o x.dkm", "seed and num_classes are no options"),
-    ("compress lenet.pt --arch nowhere:make --K 8 -o x.dkm", "No module named 'nowhere'"),
-    ("compress lenet.pt --arch mine:missing --K 8 -o x.dkm", "has no attribute 'missing'"),
-    ("compress lenet.pt --arch mine:number --K 8 -o x.dkm", "makes a int, which is no network"),
-    ("compress lenet.pt --arch mine:broken --K 8 -o x.dkm", "ZeroDivisionError"),
-    ("compress lenet.pt --arch lenet5 --K 8 --include Conv9d -o x.dkm", "include='Conv9d' must be a layer of torch.nn"),
-    ("compress lenet.pt --arch lenet5 --K 8 --include ConvTranspose2d -o x.dkm", "matches no layer"),
-    ("inspect good.dkm --max-bytes 1000", "more than max_bytes=1,000"),
-    ("evaluate good.dkm --data digits --arch mine:small", "has no"),
-    ("energy good.dkm --arch mine:small --input 1 8 8", "has no"),
-    ("energy lenet5 --arch lenet5", "either a FILE or --arch"),
-    ("compress lenet.pt --arch lenet5 --ratio 20 --sparsity 0.5 -o x.dkm", "sparsity=0.5 cannot be given"),
-    ("inspect lenet.safetensors", "no deepkmeans file"),
-    ("inspect .", "is no file"),
-    ("decompress lenet.pt -o x.safetensors", "lenet.pt:"),
-    ("evaluate good.dkm --data cifar11", "must be one of digits"),
-    ("energy", "either a FILE or --arch"),
-])
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("compress missing.pt --arch lenet5 --K 8 -o x.dkm", "checkpoint='missing.pt' is no file"),
+        (
+            "compress pickled.pt --arch lenet5 --K 8 -o x.dkm",
+            "it holds Python objects, such as a whole network; save its state_dict()",
+        ),
+        ("compress text.pt --arch lenet5 --K 8 -o x.dkm", "neither torch nor safetensors wrote it"),
+        ("compress empty.pt --arch lenet5 --K 8 -o x.dkm", "neither torch nor safetensors wrote it"),
+        ("compress lenet.pt --arch lenet6 --K 8 -o x.dkm", "must be one of lenet5"),
+        (
+            "compress lenet.pt --arch lenet5 --num-classes 7 --K 8 -o x.dkm",
+            "'fc2.weight' is 10×500 in the file and 7×500",
+        ),
+        ("compress lenet.pt --arch tt_conv_cnn --K 8 -o x.dkm", "'conv1_1.weight' is no such tensor in the file"),
+        ("compress lenet.pt --arch lenet5 --option depth --K 8 -o x.dkm", "must read NAME=VALUE"),
+        ("compress lenet.pt --arch lenet5 --rate 1.5 -o x.dkm", "rate=1.5 must be above 0"),
+        ("compress lenet.pt --arch lenet5 --K 8 --exclude nothing -o x.dkm", "no layer is called 'nothing'"),
+        (
+            "compress lenet.pt --arch lenet5 --K 8 -o no/such/folder/x.dkm",
+            "path='no/such/folder/x.dkm' is in a folder that does not exist",
+        ),
+        ("compress lenet.pt --arch lenet5 --K 8 -o .", "is no regular file"),
+        ("compress lenet.pt --arch lenet5 --K 8 -o lenet.pt", "path='lenet.pt' is the file that is read"),
+        ("compress lenet.pt --arch lenet5 --K 8 -o ./nowhere/../lenet.pt", "is the file that is read"),
+        ("decompress good.dkm -o good.dkm", "path='good.dkm' is the file that is read"),
+        ("decompress good.dkm -o no/x.safetensors", "in a folder that does not exist"),
+        ("compress lenet.pt --arch lenet5 --ratio 0 -o x.dkm", "ratio=0.0 must be above 1"),
+        ("compress lenet.pt --arch lenet5 --rate 0 -o x.dkm", "rate=0.0 must be above 0"),
+        ("compress lenet.pt --arch lenet5 --option depth=16 --K 8 -o x.dkm", "unexpected keyword argument 'depth'"),
+        (
+            "compress lenet.pt --arch wide_resnet --option widen=-1 --K 8 -o x.dkm",
+            "arch='wide_resnet' with {'widen': -1} cannot be built",
+        ),
+        (
+            "compress lenet.pt --arch wide_resnet --option num_classes=3 --K 8 -o x.dkm",
+            "seed and num_classes are no options",
+        ),
+        ("compress lenet.pt --arch nowhere:make --K 8 -o x.dkm", "No module named 'nowhere'"),
+        ("compress lenet.pt --arch mine:missing --K 8 -o x.dkm", "has no attribute 'missing'"),
+        ("compress lenet.pt --arch mine:number --K 8 -o x.dkm", "makes a int, which is no network"),
+        ("compress lenet.pt --arch mine:broken --K 8 -o x.dkm", "ZeroDivisionError"),
+        (
+            "compress lenet.pt --arch lenet5 --K 8 --include Conv9d -o x.dkm",
+            "include='Conv9d' must be a layer of torch.nn",
+        ),
+        ("compress lenet.pt --arch lenet5 --K 8 --include ConvTranspose2d -o x.dkm", "matches no layer"),
+        ("inspect good.dkm --max-bytes 1000", "more than max_bytes=1,000"),
+        ("evaluate good.dkm --data digits --arch mine:small", "has no"),
+        ("energy good.dkm --arch mine:small --input 1 8 8", "has no"),
+        ("energy lenet5 --arch lenet5", "either a FILE or --arch"),
+        ("compress lenet.pt --arch lenet5 --ratio 20 --sparsity 0.5 -o x.dkm", "sparsity=0.5 cannot be given"),
+        ("inspect lenet.safetensors", "no deepkmeans file"),
+        ("inspect .", "is no file"),
+        ("decompress lenet.pt -o x.safetensors", "lenet.pt:"),
+        ("evaluate good.dkm --data cifar11", "must be one of digits"),
+        ("energy", "either a FILE or --arch"),
+    ],
+)
 def test_a_user_error_is_one_line_and_writes_nothing(line, message, here, capsys):
     if "good.dkm" in line:
         run("compress lenet.pt --arch lenet5 --K 2 -o good.dkm", capsys)
@@ -180,8 +236,21 @@ def test_a_user_error_is_one_line_and_writes_nothing(line, message, here, capsys
     assert not list(here.glob("x.*"))
 
 
-@pytest.mark.parametrize("line", ["", "shrink x", "compress x --arch lenet5 -o y", "compress x --arch lenet5 --K 4 --rate .1 -o y", "compress x --arch lenet5 --K 0 -o y", "inspect",
-                                  "compress x --arch lenet5 --K 4 -o -", "decompress x -o -", "compress x --arch lenet5 --K 4 --first x -o y", "compress x --arch lenet5 --K 4 --first 0 -o y"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "",
+        "shrink x",
+        "compress x --arch lenet5 -o y",
+        "compress x --arch lenet5 --K 4 --rate .1 -o y",
+        "compress x --arch lenet5 --K 0 -o y",
+        "inspect",
+        "compress x --arch lenet5 --K 4 -o -",
+        "decompress x -o -",
+        "compress x --arch lenet5 --K 4 --first x -o y",
+        "compress x --arch lenet5 --K 4 --first 0 -o y",
+    ],
+)
 def test_wrong_usage_exits_with_2(line, capsys):
     with pytest.raises(SystemExit) as done:
         main(line.split())
@@ -197,15 +266,26 @@ def test_help_has_an_example(command, capsys):
 
 def test_the_program_itself(root, here):
     tomllib = pytest.importorskip("tomllib")
-    module, function = tomllib.loads((root / "pyproject.toml").read_text())["project"]["scripts"]["deepkmeans"].split(":")
+    module, function = tomllib.loads((root / "pyproject.toml").read_text())["project"]["scripts"]["deepkmeans"].split(
+        ":"
+    )
     program = [sys.executable, "-c", f"import sys; from {module} import {function}; sys.exit({function}())"]
-    done = subprocess.run([*program, *"compress lenet.pt --arch lenet5 --K 4 -o program.dkm --json".split()], capture_output=True, text=True)
+    done = subprocess.run(
+        [*program, *"compress lenet.pt --arch lenet5 --K 4 -o program.dkm --json".split()],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0 and json.loads(done.stdout)["bytes"] == Path("program.dkm").stat().st_size, done.stderr
     Path("program.dkm").write_bytes(Path("program.dkm").read_bytes()[:-1])
-    started = subprocess.run([*program, *"compress lenet.pt --arch mine:interrupted --K 4 -o x.dkm".split()], capture_output=True, text=True)
-    assert started.returncode == 130 and time.time() - float(started.stderr) < 5, started.stderr  # of which the program takes half a second
+    started = subprocess.run(
+        [*program, *"compress lenet.pt --arch mine:interrupted --K 4 -o x.dkm".split()], capture_output=True, text=True
+    )
+    assert started.returncode == 130
+    assert time.time() - float(started.stderr) < 5, started.stderr  # of which the program takes half a second
     done = subprocess.run([*program, "inspect", "program.dkm"], capture_output=True, text=True)
-    assert done.returncode == 1 and done.stdout == "" and "Traceback" not in done.stderr and "program.dkm" in done.stderr
+    assert (
+        done.returncode == 1 and done.stdout == "" and "Traceback" not in done.stderr and "program.dkm" in done.stderr
+    )
 
 
 @pytest.mark.parametrize("command", ["compress", "decompress"])
@@ -224,7 +304,10 @@ def test_the_input_is_recognised_behind_links(here, capsys):
     Path("link.pt").symlink_to("lenet.pt")
     before = Path("lenet.pt").read_bytes()
     for given, written in (("lenet.pt", "link.pt"), ("link.pt", "lenet.pt")):
-        assert run(f"compress {given} --arch lenet5 --K 8 -o {written}", capsys)[0] == 1 and Path("lenet.pt").read_bytes() == before
+        assert (
+            run(f"compress {given} --arch lenet5 --K 8 -o {written}", capsys)[0] == 1
+            and Path("lenet.pt").read_bytes() == before
+        )
 
 
 def test_whoever_stops_reading_gets_no_traceback(here, capsys, monkeypatch):
@@ -243,7 +326,13 @@ def test_whoever_stops_reading_gets_no_traceback(here, capsys, monkeypatch):
 
 @pytest.mark.parametrize("encoding", ["cp1252", "latin-1", "ascii"])
 def test_a_terminal_that_lacks_characters_gets_what_looks_like_them(encoding, here, capsys, monkeypatch):
-    for words in ("compress lenet.pt --arch lenet5 --K 2 -o good.dkm", "inspect good.dkm", "energy good.dkm", "compress --help", "--help"):
+    for words in (
+        "compress lenet.pt --arch lenet5 --K 2 -o good.dkm",
+        "inspect good.dkm",
+        "energy good.dkm",
+        "compress --help",
+        "--help",
+    ):
         stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
         monkeypatch.setattr(sys, "stdout", stream)
         try:
@@ -261,7 +350,7 @@ def test_what_a_terminal_would_obey_is_spelled_out(here, capsys):
     assert code == 1 and "\x1b" not in err and "\\x1b[2J" in err
 
 
-def mine_small(folder, **options): # the network of the user's own module
+def mine_small(folder, **options):  # the network of the user's own module
     found = {}
     exec((folder / "mine.py").read_text(), found)
     return found["small"](**options)
@@ -269,16 +358,30 @@ def mine_small(folder, **options): # the network of the user's own module
 
 def test_ones_own_network_goes_the_whole_way(here, capsys):
     save_file(mine_small(here, width=8).state_dict(), "own.safetensors")
-    code, out, err = run("compress own.safetensors --arch mine:small --option width=8 --K 3 --include ConvTranspose2d --include Linear --data digits -o own.dkm --json", capsys)
+    options = "--option width=8 --K 3 --include ConvTranspose2d --include Linear --data digits --json"
+    code, out, err = run(f"compress own.safetensors --arch mine:small {options} -o own.dkm", capsys)
     found = json.loads(out)
-    assert code == 0 and [r["layer"] for r in found["layers"]] == ["2", "4"] and found["data"] == "digits" and found["images"] == 360
+    assert (
+        code == 0
+        and [r["layer"] for r in found["layers"]] == ["2", "4"]
+        and found["data"] == "digits"
+        and found["images"] == 360
+    )
     assert {"top1", "top5", "loss"} <= found["before"].keys() and found["before"]["loss"] != found["after"]["loss"]
     after = json.loads(run("evaluate own.dkm --arch mine:small --option width=8 --data digits --json", capsys)[1])
     assert {key: after[key] for key in found["after"]} == found["after"]
     assert "names no architecture" in run("evaluate own.dkm --data digits", capsys)[2]
-    assert json.loads(run("energy own.dkm --arch mine:small --option width=8 --input 1 8 8 --json", capsys)[1])["macs"] == 8 * 9 * 36 + 8 * 4 * 9 * 36 + 2560
+    assert (
+        json.loads(run("energy own.dkm --arch mine:small --option width=8 --input 1 8 8 --json", capsys)[1])["macs"]
+        == 8 * 9 * 36 + 8 * 4 * 9 * 36 + 2560
+    )
     assert "--input" in run("energy own.dkm --arch mine:small --option width=8", capsys)[2]
-    assert "top-1" in run("compress own.safetensors --arch mine:small --option width=8 --rate .5 --data digits -o own.dkm", capsys)[1]
+    assert (
+        "top-1"
+        in run(
+            "compress own.safetensors --arch mine:small --option width=8 --rate .5 --data digits -o own.dkm", capsys
+        )[1]
+    )
 
 
 def test_images_that_a_network_does_not_take_are_named(here, capsys, tmp_path):
@@ -286,18 +389,28 @@ def test_images_that_a_network_does_not_take_are_named(here, capsys, tmp_path):
         (tmp_path / "pets" / part / "cat").mkdir(parents=True)
         Image.effect_noise((5, 5), 50).save(tmp_path / "pets" / part / "cat" / "0.png")
     save_file(mine_small(here).state_dict(), "own.safetensors")
-    code, out, err = run(f"compress own.safetensors --arch mine:small --rate .5 --data {tmp_path / 'pets'} -o x.dkm", capsys)
+    code, out, err = run(
+        f"compress own.safetensors --arch mine:small --rate .5 --data {tmp_path / 'pets'} -o x.dkm", capsys
+    )
     assert code == 1 and "does not take the images and labels of pets" in err and not Path("x.dkm").exists()
 
 
 def test_what_is_said_of_the_size_is_that_of_the_file(here, capsys):
-    found = json.loads(run("compress lenet.pt --arch lenet5 --K 8 --include Conv2d --include Linear --codebook float16 -o half.dkm --json", capsys)[1])
-    assert found["bytes"] == Path("half.dkm").stat().st_size and found["dense_bytes"] == 4 * 431_080 and found["ratio"] == found["dense_bytes"] / found["bytes"]
+    options = "--K 8 --include Conv2d --include Linear --codebook float16 --json"
+    found = json.loads(run(f"compress lenet.pt --arch lenet5 {options} -o half.dkm", capsys)[1])
+    assert (
+        found["bytes"] == Path("half.dkm").stat().st_size
+        and found["dense_bytes"] == 4 * 431_080
+        and found["ratio"] == found["dense_bytes"] / found["bytes"]
+    )
 
 
 def test_long_work_shows_bars_on_a_terminal_only(here, capsys, monkeypatch):
     torch.save(dict(mine_small(here).state_dict()), "bars.pt")
-    ratio, evaluated = "compress bars.pt --arch mine:small --ratio 2 -o bars.dkm", "evaluate bars.dkm --arch mine:small --data digits"
+    ratio, evaluated = (
+        "compress bars.pt --arch mine:small --ratio 2 -o bars.dkm",
+        "evaluate bars.dkm --arch mine:small --data digits",
+    )
     assert run(ratio, capsys)[2] == run(evaluated, capsys)[2] == ""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     bars = run(ratio, capsys)[2]

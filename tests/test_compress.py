@@ -1,4 +1,5 @@
-"""`compress`: the size of the file on disk, the accuracy, and the parts it is made of, each against something that was reckoned apart."""
+"""`compress`: the size of the file on disk, the accuracy, and its parts, each against what was reckoned apart."""
+
 import copy
 
 import pytest
@@ -10,7 +11,15 @@ import deepkmeans as dk
 
 def network():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Conv2d(16, 24, 3), nn.BatchNorm2d(24), nn.ReLU(), nn.Flatten(), nn.Linear(384, 10))
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3),
+        nn.ReLU(),
+        nn.Conv2d(16, 24, 3),
+        nn.BatchNorm2d(24),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(384, 10),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +50,15 @@ def same(one, two):
 @pytest.mark.parametrize("ratio", [3, 6])
 def test_the_file_is_as_much_smaller_as_wanted_and_as_good_as_said(dense, batches, tmp_path, how, ratio):
     net, (train, test) = copy.deepcopy(dense), batches
-    given = {"weights alone": {}, "with data": dict(loader=train), "re-trained": dict(loader=train, epochs=3, lr=0.05)}[how]
+    given = {"weights alone": {}, "with data": dict(loader=train), "re-trained": dict(loader=train, epochs=3, lr=0.05)}[
+        how
+    ]
     outcome = dk.compress(net, ratio, **given, test_loader=test, progress=False)
     dk.save_compressed(net, tmp_path / "net.dkm")
-    bytes_on_disk, dense_bytes = (tmp_path / "net.dkm").stat().st_size, sum(t.nbytes for t in dense.state_dict().values())
+    bytes_on_disk, dense_bytes = (
+        (tmp_path / "net.dkm").stat().st_size,
+        sum(t.nbytes for t in dense.state_dict().values()),
+    )
     assert abs(dense_bytes / bytes_on_disk / ratio - 1) < 0.01
     assert outcome.bytes_on_disk == bytes_on_disk and outcome.ratio == pytest.approx(dense_bytes / bytes_on_disk)
     assert outcome.before.top1 == pytest.approx(right(dense, test))
@@ -62,18 +76,26 @@ def test_it_is_allocate_retrain_and_share_in_this_order(dense, batches):
     regularizer = dk.Regularizer(parts, plan, bits=dk.bits_for_ratio(as_planned, 5), seed=3)
     history = dk.train(parts, batches[0], epochs=2, lr=0.05, regularizer=regularizer, seed=3, progress=False)
     dk.share(parts, plan, codes=regularizer.codes())
-    assert same(whole, parts) and outcome.plan == plan and [row["loss"] for row in outcome.history] == [row["loss"] for row in history]
+    assert (
+        same(whole, parts)
+        and outcome.plan == plan
+        and [row["loss"] for row in outcome.history] == [row["loss"] for row in history]
+    )
     assert outcome.before is outcome.after is None and "top-1" not in str(outcome)
 
 
 def test_retraining_is_worth_its_epochs_where_the_file_is_small():
     train_loader, test_loader = dk.loaders(dk.subset(dk.load("digits"), train=640), 64)
     torch.manual_seed(0)
-    trained = nn.Sequential(nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Conv2d(16, 24, 3), nn.ReLU(), nn.Flatten(), nn.Linear(384, 10))
+    trained = nn.Sequential(
+        nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Conv2d(16, 24, 3), nn.ReLU(), nn.Flatten(), nn.Linear(384, 10)
+    )
     dk.train(trained, train_loader, epochs=6, lr=0.05, progress=False)
     after = {}
     for epochs in (0, 12):
-        after[epochs] = dk.compress(copy.deepcopy(trained), 16, train_loader, epochs, test_loader=test_loader, progress=False).after
+        after[epochs] = dk.compress(
+            copy.deepcopy(trained), 16, train_loader, epochs, test_loader=test_loader, progress=False
+        ).after
     assert after[12].top1 > after[0].top1 + 2
 
 
@@ -82,7 +104,9 @@ def test_what_stays_dense_is_said_and_modes_stay(dense):
     net[3].train()
     outcome = dk.compress(net, 1.5, exclude=["6"], progress=False)
     assert set(outcome.skipped) == {"6"} and "not shared: 6 (" in str(outcome)
-    assert torch.equal(net[6].weight, dense[6].weight) and isinstance(net[2].parametrizations.weight[0], dk.SharedWeight)
+    assert torch.equal(net[6].weight, dense[6].weight) and isinstance(
+        net[2].parametrizations.weight[0], dk.SharedWeight
+    )
     assert net[3].training and not net[2].training and set(outcome.layers.index) == {"0", "2"}
 
 
@@ -94,20 +118,23 @@ def test_the_smallest_file_can_be_retrained_too(dense, batches):
     assert abs(outcome.ratio / most - 1) < 0.01
 
 
-@pytest.mark.parametrize("given, message", [
-    (dict(ratio=1), "ratio=1 must be above 1"),
-    (dict(ratio=float("nan")), "ratio=nan must be above 1"),
-    (dict(ratio=10**6), "must be above 1 and at most"),
-    (dict(epochs=1), "epochs=1 needs a loader"),
-    (dict(epochs=-1), "epochs=-1 must be at least 0"),
-    (dict(epochs=1.5), "epochs=1.5 must be a whole number"),
-    (dict(epochs=1, loader=[]), "loader holds no batches"),
-    (dict(epochs=1, loader="train", lr=-0.1), "lr=-0.1 must be at least 0"),
-    (dict(epochs=1, loader="train", schedule="linear"), "schedule='linear' must be one of"),
-    (dict(test_loader=[]), "loader holds no images"),
-    (dict(exclude=["conv9"]), "no layer is called 'conv9'"),
-    (dict(layout="column"), "layout='column' must be one of"),
-])
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (dict(ratio=1), "ratio=1 must be above 1"),
+        (dict(ratio=float("nan")), "ratio=nan must be above 1"),
+        (dict(ratio=10**6), "must be above 1 and at most"),
+        (dict(epochs=1), "epochs=1 needs a loader"),
+        (dict(epochs=-1), "epochs=-1 must be at least 0"),
+        (dict(epochs=1.5), "epochs=1.5 must be a whole number"),
+        (dict(epochs=1, loader=[]), "loader holds no batches"),
+        (dict(epochs=1, loader="train", lr=-0.1), "lr=-0.1 must be at least 0"),
+        (dict(epochs=1, loader="train", schedule="linear"), "schedule='linear' must be one of"),
+        (dict(test_loader=[]), "loader holds no images"),
+        (dict(exclude=["conv9"]), "no layer is called 'conv9'"),
+        (dict(layout="column"), "layout='column' must be one of"),
+    ],
+)
 def test_nonsense_is_refused_and_nothing_is_changed(dense, batches, given, message):
     net = copy.deepcopy(dense)
     if given.get("loader") == "train":

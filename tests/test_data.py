@@ -1,4 +1,5 @@
 """Image sets and loaders: properties over many inputs, hostile files, and the real sets where they are at hand."""
+
 import gzip
 import io
 import os
@@ -22,7 +23,9 @@ from deepkmeans import data as data_module
 from deepkmeans.data import AUGMENTS, Loader, Split, channel_stats, load, loaders, pixel_stats
 
 REAL = Path(os.environ.get("DEEPKMEANS_DATA") or Path(__file__).parents[2] / "shared" / "data")
-needs_real = pytest.mark.skipif(not (REAL / "mnist").is_dir(), reason="no real data: DEEPKMEANS_DATA is not set and ../shared/data is not there")
+needs_real = pytest.mark.skipif(
+    not (REAL / "mnist").is_dir(), reason="no real data: DEEPKMEANS_DATA is not set and ../shared/data is not there"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +36,9 @@ def own_cache(tmp_path, monkeypatch):
 
 def split_of(n, shape, seed=0):
     g = torch.Generator().manual_seed(seed)
-    return Split(torch.randint(0, 256, (n, *shape), generator=g, dtype=torch.uint8), torch.randint(0, 10, (n,), generator=g))
+    return Split(
+        torch.randint(0, 256, (n, *shape), generator=g, dtype=torch.uint8), torch.randint(0, 10, (n,), generator=g)
+    )
 
 
 def epoch(loader, e=0):
@@ -42,11 +47,21 @@ def epoch(loader, e=0):
 
 
 @settings(max_examples=40, deadline=None)
-@given(n=st.integers(1, 40), batch=st.integers(1, 50), shuffle=st.booleans(), augment=st.sampled_from(AUGMENTS),
-       shape=st.tuples(st.sampled_from([1, 3]), st.integers(1, 9), st.integers(1, 9)), seed=st.integers(-5, 5), e=st.integers(0, 3))
+@given(
+    n=st.integers(1, 40),
+    batch=st.integers(1, 50),
+    shuffle=st.booleans(),
+    augment=st.sampled_from(AUGMENTS),
+    shape=st.tuples(st.sampled_from([1, 3]), st.integers(1, 9), st.integers(1, 9)),
+    seed=st.integers(-5, 5),
+    e=st.integers(0, 3),
+)
 def test_an_epoch_is_a_function_of_seed_and_epoch(n, batch, shuffle, augment, shape, seed, e):
     split, state = split_of(n, shape), torch.get_rng_state()
-    make = lambda: Loader(split, batch, shuffle=shuffle, augment=augment, seed=seed)
+
+    def make():
+        return Loader(split, batch, shuffle=shuffle, augment=augment, seed=seed)
+
     (x, y), (again, labels) = epoch(make(), e), epoch(make(), e)
     assert torch.equal(x, again) and torch.equal(y, labels) and torch.equal(state, torch.get_rng_state())
     assert x.shape == (n, *shape) and torch.equal(y.sort().values, split.labels.sort().values)
@@ -81,7 +96,10 @@ def test_crops_cover_all_shifts_and_both_flips_evenly():
 
 
 def test_contrast_factors_cover_their_range_and_keep_the_mean():
-    split = Split(torch.tensor([60, 200], dtype=torch.uint8).reshape(1, 1, 1, 2).expand(2000, 3, 8, 2), torch.zeros(2000, dtype=torch.int64))
+    split = Split(
+        torch.tensor([60, 200], dtype=torch.uint8).reshape(1, 1, 1, 2).expand(2000, 3, 8, 2),
+        torch.zeros(2000, dtype=torch.int64),
+    )
     x = epoch(Loader(split, 500, augment="crop-flip-contrast"))[0] * 255
     clean = epoch(Loader(split, 500, augment="crop-flip"))[0] * 255  # the same crops and flips
     centre, moved = clean.mean((2, 3), keepdim=True), x - clean.mean((2, 3), keepdim=True)
@@ -123,9 +141,15 @@ def test_batches_on_a_gpu_are_those_of_the_cpu():
         torch.testing.assert_close(gpu[0].cpu(), cpu[0])
 
 
-@pytest.mark.parametrize("kwargs, words", [
-    (dict(batch_size=0), "batch_size=0"), (dict(batch_size=4, augment="resized-crop-flip"), "none, crop-flip, crop-flip-contrast"),
-    (dict(batch_size=4, mean=[0.5]), "mean has shape (1,)"), (dict(batch_size=4, std=[1.0, 0.0, 1.0]), "std has the value 0")])
+@pytest.mark.parametrize(
+    "kwargs, words",
+    [
+        (dict(batch_size=0), "batch_size=0"),
+        (dict(batch_size=4, augment="resized-crop-flip"), "none, crop-flip, crop-flip-contrast"),
+        (dict(batch_size=4, mean=[0.5]), "mean has shape (1,)"),
+        (dict(batch_size=4, std=[1.0, 0.0, 1.0]), "std has the value 0"),
+    ],
+)
 def test_loader_errors(kwargs, words):
     with pytest.raises(ValueError) as e:
         Loader(split_of(8, (3, 4, 4)), **kwargs)
@@ -133,6 +157,7 @@ def test_loader_errors(kwargs, words):
 
 
 # Files that are not what they should be ---------------------------------------------------------------------------
+
 
 def png(array, tmp_path):
     Image.fromarray(array).save(tmp_path / "x.png")
@@ -145,22 +170,38 @@ def put(root, table):
         pq.write_table(pa.table(table), root / "mnist" / f"{part}.parquet")
 
 
-@pytest.mark.parametrize("case, words", [
-    ("no label", "needs the columns"), ("image is a string", "needs the columns"), ("no rows", "at least one row"),
-    ("bytes missing", "row 1 has no image bytes"), ("truncated", "row 1 cannot be decoded"), ("label 10", "label from 0 to 9"),
-    ("two sizes", "row 1 has 5×4 pixels"), ("16 bits", "8-bit")])
+@pytest.mark.parametrize(
+    "case, words",
+    [
+        ("no label", "needs the columns"),
+        ("image is a string", "needs the columns"),
+        ("no rows", "at least one row"),
+        ("bytes missing", "row 1 has no image bytes"),
+        ("truncated", "row 1 cannot be decoded"),
+        ("label 10", "label from 0 to 9"),
+        ("two sizes", "row 1 has 5×4 pixels"),
+        ("16 bits", "8-bit"),
+    ],
+)
 def test_damaged_parquet(case, words, tmp_path):
     good = png(np.arange(16, dtype=np.uint8).reshape(4, 4), tmp_path)
-    rows = lambda second: [{"bytes": good, "path": "a"}, {"bytes": second, "path": "b"}]
-    put(tmp_path, {
-        "no label": {"image": rows(good)},
-        "image is a string": {"image": ["a", "b"], "label": [0, 1]},
-        "no rows": pa.table({"image": rows(good), "label": [0, 1]}).slice(0, 0),
-        "bytes missing": {"image": rows(None), "label": [0, 1]},
-        "truncated": {"image": rows(good[:50]), "label": [0, 1]},
-        "label 10": {"image": rows(good), "label": [0, 10]},
-        "two sizes": {"image": rows(png(np.zeros((5, 4), np.uint8), tmp_path)), "label": [0, 1]},
-        "16 bits": {"image": rows(png(np.zeros((4, 4), np.uint16), tmp_path)), "label": [0, 1]}}[case])
+
+    def rows(second):
+        return [{"bytes": good, "path": "a"}, {"bytes": second, "path": "b"}]
+
+    put(
+        tmp_path,
+        {
+            "no label": {"image": rows(good)},
+            "image is a string": {"image": ["a", "b"], "label": [0, 1]},
+            "no rows": pa.table({"image": rows(good), "label": [0, 1]}).slice(0, 0),
+            "bytes missing": {"image": rows(None), "label": [0, 1]},
+            "truncated": {"image": rows(good[:50]), "label": [0, 1]},
+            "label 10": {"image": rows(good), "label": [0, 10]},
+            "two sizes": {"image": rows(png(np.zeros((5, 4), np.uint8), tmp_path)), "label": [0, 1]},
+            "16 bits": {"image": rows(png(np.zeros((4, 4), np.uint16), tmp_path)), "label": [0, 1]},
+        }[case],
+    )
     with pytest.raises(ValueError) as e:
         load("mnist", tmp_path, progress=False)
     assert words in str(e.value) and "\n" not in str(e.value)
@@ -176,18 +217,27 @@ def folder(path, parts=("train", "val"), classes=("cat", "dog"), n=3, mode="RGB"
     return path
 
 
-def resized(data, width, height): # the same PNG, whose head speaks of other numbers of pixels
+def resized(data, width, height):  # the same PNG, whose head speaks of other numbers of pixels
     head = data[12:16] + struct.pack(">II", width, height) + data[24:29]
     return data[:12] + head + struct.pack(">I", zlib.crc32(head)) + data[33:]
 
 
-def eps(): # what would start Ghostscript
+def eps():  # what would start Ghostscript
     out = io.BytesIO()
     Image.new("L", (4, 4)).save(out, "eps")
     return out.getvalue()
 
 
-@pytest.mark.parametrize("make", [eps, lambda: b"GIF89a\4\0\4\0\0\0\0;", lambda: b"BM" + bytes(60), lambda: b"%PDF-1.4 image", lambda: b"II*\0" + bytes(60)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        eps,
+        lambda: b"GIF89a\4\0\4\0\0\0\0;",
+        lambda: b"BM" + bytes(60),
+        lambda: b"%PDF-1.4 image",
+        lambda: b"II*\0" + bytes(60),
+    ],
+)
 def test_only_png_and_jpeg_reach_a_decoder_whatever_they_are_called(make, tmp_path, monkeypatch):
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was started"))
     good = png(np.zeros((4, 4), np.uint8), tmp_path)
@@ -202,9 +252,14 @@ def test_only_png_and_jpeg_reach_a_decoder_whatever_they_are_called(make, tmp_pa
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_an_image_of_gigabytes_behind_a_small_one_is_refused_by_its_head(tmp_path, monkeypatch):
-    monkeypatch.setattr(Image.Image, "load", lambda image: original(image) if image.width < 100 else pytest.fail("decoded"))
+    monkeypatch.setattr(
+        Image.Image, "load", lambda image: original(image) if image.width < 100 else pytest.fail("decoded")
+    )
     good = png(np.zeros((28, 28), np.uint8), tmp_path)
-    put(tmp_path, {"image": [{"bytes": good, "path": "a"}, {"bytes": resized(good, 9000, 9000), "path": "b"}], "label": [0, 1]})
+    put(
+        tmp_path,
+        {"image": [{"bytes": good, "path": "a"}, {"bytes": resized(good, 9000, 9000), "path": "b"}], "label": [0, 1]},
+    )
     with pytest.raises(ValueError, match="row 1 has 9000×9000 pixels but the first image has 28×28"):
         load("mnist", tmp_path, progress=False)
     put(tmp_path, {"image": [{"bytes": resized(good, 12_000, 12_000), "path": "a"}], "label": [0]})
@@ -218,7 +273,10 @@ original = Image.Image.load
 def test_parquet_columns_that_are_not_used_are_not_read_and_the_others_have_a_bound(tmp_path, monkeypatch):
     monkeypatch.setattr("deepkmeans.data.MAX_BYTES", 10**6)
     good = png(np.zeros((4, 4), np.uint8), tmp_path)
-    images = lambda data, n: {"image": [{"bytes": data, "path": "a"}] * n, "label": [0] * n}
+
+    def images(data, n):
+        return {"image": [{"bytes": data, "path": "a"}] * n, "label": [0] * n}
+
     put(tmp_path, images(good, 3) | {"ballast": [bytes(10**6)] * 3})
     assert len(load("mnist", tmp_path, progress=False).train) == 3
     put(tmp_path, images(good + bytes(10**5), 100))  # ten megabytes which the file names once
@@ -226,14 +284,24 @@ def test_parquet_columns_that_are_not_used_are_not_read_and_the_others_have_a_bo
         load("mnist", tmp_path, progress=False)
 
 
-@pytest.mark.parametrize("shape, content, words", [((2**16, 2**8, 2**8), b"", "length"), ((2**32 - 1,) * 9, b"", "length"), ((3, 2**10, 2**10), bytes(3 * 2**20), "are more than 1,000,000"),
-                                                   ((2, 3, 3), bytes(17), "length"), ((2, 3, 3), bytes(19), "length")])
+@pytest.mark.parametrize(
+    "shape, content, words",
+    [
+        ((2**16, 2**8, 2**8), b"", "length"),
+        ((2**32 - 1,) * 9, b"", "length"),
+        ((3, 2**10, 2**10), bytes(3 * 2**20), "are more than 1,000,000"),
+        ((2, 3, 3), bytes(17), "length"),
+        ((2, 3, 3), bytes(19), "length"),
+    ],
+)
 def test_an_idx_file_that_unpacks_to_more_or_less_than_it_says(shape, content, words, tmp_path, monkeypatch):
     monkeypatch.setattr("deepkmeans.data.MAX_BYTES", 10**6)
     monkeypatch.setattr("deepkmeans.data.DEBIAN", tmp_path)
     (tmp_path / "fashion-mnist").mkdir()
     for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
-        (tmp_path / "fashion-mnist" / f"{name}-ubyte.gz").write_bytes(gzip.compress(bytes([0, 0, 8, len(shape)]) + np.array(shape, ">u4").tobytes() + content))
+        (tmp_path / "fashion-mnist" / f"{name}-ubyte.gz").write_bytes(
+            gzip.compress(bytes([0, 0, 8, len(shape)]) + np.array(shape, ">u4").tobytes() + content)
+        )
     with pytest.raises(ValueError, match=f"is not a readable idx file: .*{words}"):
         load("fashion-mnist", download=False)
 
@@ -246,7 +314,9 @@ def test_a_pipe_in_an_image_folder_is_left_out(tmp_path):
 
 def test_two_threads_that_cache_one_set_do_not_meet(tmp_path, monkeypatch):
     names = []
-    monkeypatch.setattr(data_module, "save_file", lambda tensors, path, metadata: names.append(path) or Path(path).touch())
+    monkeypatch.setattr(
+        data_module, "save_file", lambda tensors, path, metadata: names.append(path) or Path(path).touch()
+    )
     for _ in range(2):
         data_module._to_cache(tmp_path / "x.safetensors", "stamp", torch.zeros(1), torch.zeros(1), False)
     assert len(set(names)) == 2 and [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
@@ -277,13 +347,17 @@ def test_what_a_folder_leaves_out_is_said(tmp_path):
     (folder(tmp_path, ("train", "val", "test")) / "train/cat/notes.txt").touch()
     with pytest.warns(UserWarning) as caught:
         load(tmp_path, progress=False)
-    assert any("test is left out" in str(w.message) for w in caught) and any("1 of 7 entries" in str(w.message) for w in caught)
+    assert any("test is left out" in str(w.message) for w in caught) and any(
+        "1 of 7 entries" in str(w.message) for w in caught
+    )
 
 
 def test_a_grey_split_joins_a_coloured_one(tmp_path):
     folder(folder(tmp_path, ("train",)), ("val",), mode="L")
     data = load(tmp_path, progress=False)
-    assert data.test.shape == data.train.shape == (3, 8, 10) and torch.equal(data.test.images[:, 0], data.test.images[:, 2])
+    assert data.test.shape == data.train.shape == (3, 8, 10) and torch.equal(
+        data.test.images[:, 0], data.test.images[:, 2]
+    )
 
 
 def test_a_folder_that_does_not_fit_in_memory(tmp_path, monkeypatch):
@@ -303,7 +377,11 @@ def test_a_changed_folder_is_read_again(tmp_path):
 def test_imagenet_layout_streams(tmp_path):
     folder(tmp_path / "imagenet", classes=("n01440764", "n01443537"), size=(40, 30))
     data = load("imagenet", tmp_path, size=16)
-    assert data.train.shape == (3, 16, 16) and data.classes == ("n01440764", "n01443537") and data.augment == "resized-crop-flip"
+    assert (
+        data.train.shape == (3, 16, 16)
+        and data.classes == ("n01440764", "n01443537")
+        and data.augment == "resized-crop-flip"
+    )
     assert data.fingerprint == load("imagenet", tmp_path / "imagenet", size=16).fingerprint
     train, test = loaders(data, 4, workers=0)
     x, y = epoch(train)
@@ -340,19 +418,24 @@ def test_torchvisions_images_get_our_axes_and_the_download_is_announced(monkeypa
     monkeypatch.setattr("torchvision.datasets.CIFAR10", Downloaded)
     with pytest.warns(UserWarning, match="torchvision downloads"):
         data = load("cifar10")
-    assert torch.equal(data.train.images, split_of(12, (3, 4, 4)).images) and torch.equal(data.test.labels, split_of(5, (3, 4, 4)).labels)
+    assert torch.equal(data.train.images, split_of(12, (3, 4, 4)).images) and torch.equal(
+        data.test.labels, split_of(5, (3, 4, 4)).labels
+    )
     assert data.name == "cifar10"
 
 
 def test_a_failed_download_says_what_was_looked_for(monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("<urlopen error\n no route>")
+
     monkeypatch.setattr("torchvision.datasets.FashionMNIST", fail)
     monkeypatch.setattr("deepkmeans.data.DEBIAN", Path("nowhere"))
     with pytest.raises(FileNotFoundError) as e, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         load("fashion-mnist")
-    assert all(w in str(e.value) for w in ("not set", "nowhere", "no route", "root=<folder>")) and "\n" not in str(e.value)
+    assert all(w in str(e.value) for w in ("not set", "nowhere", "no route", "root=<folder>")) and "\n" not in str(
+        e.value
+    )
 
 
 def test_a_cache_that_cannot_be_written_is_announced(tmp_path, monkeypatch):
@@ -363,6 +446,7 @@ def test_a_cache_that_cannot_be_written_is_announced(tmp_path, monkeypatch):
 
 
 # The real sets ----------------------------------------------------------------------------------------------------
+
 
 @needs_real
 def test_mnist():

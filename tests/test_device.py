@@ -1,4 +1,8 @@
-"""On a GPU: what is on the device stays there and gives what the CPU gives. Where there is none, a pretended one shows that no two devices meet."""
+"""On a GPU: what is on the device stays there and gives what the CPU gives.
+
+Where there is none, a pretended one shows that no two devices meet.
+"""
+
 import warnings
 
 import matplotlib
@@ -11,7 +15,8 @@ from deepkmeans.kmeans import KMeans, encode, kmeans
 
 REAL = torch.cuda.is_available()
 matplotlib.use("Agg")
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of plain tensors, within the pretended device
+# of plain tensors, within the pretended device
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 
 @pytest.fixture
@@ -24,7 +29,16 @@ def cuda():
 
 
 @pytest.mark.skipif(REAL, reason="there is a real device")
-@pytest.mark.parametrize("act", [lambda x, y: x + y, lambda x, y: torch.cat([x, y]), lambda x, y: y[x > 0], lambda x, y: x.numpy(), lambda x, y: torch.zeros(3) + torch.zeros(3, device=x.device)])
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda x, y: x + y,
+        lambda x, y: torch.cat([x, y]),
+        lambda x, y: y[x > 0],
+        lambda x, y: x.numpy(),
+        lambda x, y: torch.zeros(3) + torch.zeros(3, device=x.device),
+    ],
+)
 def test_the_pretended_device_refuses_what_a_real_one_refuses(cuda, act):
     y = torch.ones(3)
     x = y.to("cuda")
@@ -33,15 +47,32 @@ def test_the_pretended_device_refuses_what_a_real_one_refuses(cuda, act):
         act(x, y)
 
 
-@pytest.mark.parametrize("backend", ["torch", "auto", pytest.param("keops", marks=pytest.mark.skipif(not REAL, reason="no CUDA device"))])
-@pytest.mark.parametrize("options", [dict(), dict(init="random", n_init=2), dict(pinned_zero=0.3), dict(weighted=True), dict(given=True)], ids=str)
+@pytest.mark.parametrize(
+    "backend", ["torch", "auto", pytest.param("keops", marks=pytest.mark.skipif(not REAL, reason="no CUDA device"))]
+)
+@pytest.mark.parametrize(
+    "options",
+    [dict(), dict(init="random", n_init=2), dict(pinned_zero=0.3), dict(weighted=True), dict(given=True)],
+    ids=str,
+)
 @pytest.mark.parametrize("d", [1, 3, 9])
 def test_kmeans_stays_on_the_device_and_finds_what_the_cpu_finds(cuda, backend, options, d):
     rows = 0.05 * torch.randn(600, d, generator=torch.Generator().manual_seed(d))
     weight = torch.linspace(1, 2, 600) if "weighted" in options else None
     init = rows[:12] if "given" in options else options.get("init", "k-means++")
-    options = {**{k: v for k, v in options.items() if k not in ("weighted", "given")}, "init": init, "max_iter": 300, "tol": 0}
-    on_cpu = kmeans(rows, 12, sample_weight=weight, backend="exact" if backend == "auto" and d == 1 and isinstance(init, str) else "torch", **options)
+    options = {
+        **{k: v for k, v in options.items() if k not in ("weighted", "given")},
+        "init": init,
+        "max_iter": 300,
+        "tol": 0,
+    }
+    on_cpu = kmeans(
+        rows,
+        12,
+        sample_weight=weight,
+        backend="exact" if backend == "auto" and d == 1 and isinstance(init, str) else "torch",
+        **options,
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = kmeans(rows.to("cuda"), 12, sample_weight=weight, backend=backend, **options)
@@ -50,7 +81,7 @@ def test_kmeans_stays_on_the_device_and_finds_what_the_cpu_finds(cuda, backend, 
     gaps = torch.cdist(rows.double(), codebook) ** 2  # (n, k), the oracle
     own = gaps.gather(1, codes[:, None])[:, 0]
     free = codes > 0 if "pinned_zero" in options else torch.ones(600, dtype=torch.bool)
-    assert (own <= gaps[:, 1 if "pinned_zero" in options else 0:].min(1).values + 1e-9)[free].all()
+    assert (own <= gaps[:, 1 if "pinned_zero" in options else 0 :].min(1).values + 1e-9)[free].all()
     assert found.inertia == pytest.approx(float((own * (1 if weight is None else weight)).sum()), rel=1e-9)
     assert found.inertia == pytest.approx(on_cpu.inertia, rel=1e-5)
     again, distances = encode(rows.to("cuda"), found.codebook, backend=backend)
@@ -76,22 +107,55 @@ SMALL = dict(device="cuda", data="digits", progress=False)
 FEW = dict(train_images=128, test_images=64, baseline_epochs=1, epochs=1)
 
 
-@pytest.mark.parametrize("given", [dict(epochs=2, kind="spectral", strength=1e-3, refresh_every=1, amp=True), dict(sparsity=0.3, amp=True), dict(sparsity=0.3, sparse_at="mean", K=16), dict(layout="scalar")], ids=str)
+@pytest.mark.parametrize(
+    "given",
+    [
+        dict(epochs=2, kind="spectral", strength=1e-3, refresh_every=1, amp=True),
+        dict(sparsity=0.3, amp=True),
+        dict(sparsity=0.3, sparse_at="mean", K=16),
+        dict(layout="scalar"),
+    ],
+    ids=str,
+)
 def test_the_main_job_on_the_device(cuda, root, tmp_path, given):
     done = execute(root / "nbs" / "retrain.ipynb", out=str(tmp_path), **SMALL, **{**FEW, "finetune_epochs": 1, **given})
-    assert list(done["stages"])[-1] == "finetuned" and next(done["shared"].parameters()).is_cuda and (done["folder"] / "model.dkm").exists()
+    assert (
+        list(done["stages"])[-1] == "finetuned"
+        and next(done["shared"].parameters()).is_cuda
+        and (done["folder"] / "model.dkm").exists()
+    )
 
 
-@pytest.mark.parametrize("method", ["tt", "tt-naive", "hashed", "freshnet", "lrd", "tucker", "separable", "dkm", "deep-compression", "soft"])
+@pytest.mark.parametrize(
+    "method", ["tt", "tt-naive", "hashed", "freshnet", "lrd", "tucker", "separable", "dkm", "deep-compression", "soft"]
+)
 def test_each_baseline_on_the_device(cuda, root, tmp_path, method):
     settings = {"sigma": 0.05} if method == "soft" else {}
-    done = execute(root / "nbs" / "baseline.ipynb", out=str(tmp_path), method=method, settings=settings, amp=method in ("tt", "dkm", "soft"), **SMALL, **FEW)
+    done = execute(
+        root / "nbs" / "baseline.ipynb",
+        out=str(tmp_path),
+        method=method,
+        settings=settings,
+        amp=method in ("tt", "dkm", "soft"),
+        **SMALL,
+        **FEW,
+    )
     assert "trained" in done["stages"] and next(done["made"].parameters()).is_cuda
 
 
 @pytest.mark.parametrize("method", ["deep-k-means", "control", "car"])
 def test_one_layer_on_the_device(cuda, root, tmp_path, method):
-    done = execute(root / "nbs" / "one_layer.ipynb", out=str(tmp_path), method=method, sizes=[16], epochs=1, baseline_epochs=1, car_share=0.1, car_batches=1, **SMALL)
+    done = execute(
+        root / "nbs" / "one_layer.ipynb",
+        out=str(tmp_path),
+        method=method,
+        sizes=[16],
+        epochs=1,
+        baseline_epochs=1,
+        car_share=0.1,
+        car_batches=1,
+        **SMALL,
+    )
     assert len(list(tmp_path.glob("*/record.json"))) == 1 and done
 
 
@@ -99,9 +163,20 @@ def test_one_layer_on_the_device(cuda, root, tmp_path, method):
 def test_the_benchmark_on_the_device(cuda, root, tmp_path):
     for folder in ("nbs/paper", "figures"):
         (tmp_path / folder).mkdir(parents=True)
-    done = execute(root / "nbs" / "benchmarks.ipynb", device="cuda", execute=True, only="LeNet-5 conv1", repeats=1, root=str(tmp_path))
+    done = execute(
+        root / "nbs" / "benchmarks.ipynb",
+        device="cuda",
+        execute=True,
+        only="LeNet-5 conv1",
+        repeats=1,
+        root=str(tmp_path),
+    )
     table = done["table"].set_index("method")
     ours = table.loc[["ours", "ours, torch", "ours, keops"]]
-    assert ours.seconds.notna().all() and (ours.inertia <= table.inertia.min() * 1.001).all() and "faiss" not in table.index
+    assert (
+        ours.seconds.notna().all()
+        and (ours.inertia <= table.inertia.min() * 1.001).all()
+        and "faiss" not in table.index
+    )
     assert {p.name for p in (tmp_path / "figures").iterdir()} == {"benchmarks_cuda.csv", "benchmarks_cuda.png"}
     assert (table.seconds.notna() | (table.left_out.str.len() > 0)).all(), "what was not timed must say why"

@@ -1,4 +1,5 @@
 """The documentation: built from the notebooks, every link followed, and looked at in a browser where there is one."""
+
 import ast
 import functools
 import http.server
@@ -9,7 +10,6 @@ import subprocess
 import sys
 import threading
 from html.parser import HTMLParser
-from pathlib import Path
 from urllib.parse import unquote, urldefrag
 
 import pytest
@@ -36,7 +36,11 @@ class Page(HTMLParser):
         given = dict(attributes)
         self.ids |= {given[key] for key in ("id", "name") if given.get(key)}
         self.links += [given["href"]] if tag == "a" and given.get("href") else []
-        self.sources += [given[key] for key in ("src", "href") if given.get(key) and tag in ("img", "script", "link") and given.get("rel") not in ("canonical",)]
+        self.sources += [
+            given[key]
+            for key in ("src", "href")
+            if given.get(key) and tag in ("img", "script", "link") and given.get("rel") not in ("canonical",)
+        ]
 
 
 @pytest.fixture(scope="session")
@@ -77,15 +81,26 @@ def test_navigation_knows_every_notebook(root, site, pages):
 
 
 def test_api_documents_every_public_name(root, site, pages):
-    imported = [(n.module, a.name) for n in ast.parse((root / "deepkmeans" / "__init__.py").read_text()).body if isinstance(n, ast.ImportFrom) for a in n.names]
+    imported = [
+        (n.module, a.name)
+        for n in ast.parse((root / "deepkmeans" / "__init__.py").read_text()).body
+        if isinstance(n, ast.ImportFrom)
+        for a in n.names
+    ]
     for module, name in imported:
         path = site / "api" / f"{module.removeprefix('deepkmeans.')}.html"
         assert f"{module}.{name}" in pages[path].ids, name
     text = re.sub(r"<[^>]+>", "", (site / "api" / "sharing.html").read_text())
-    signature = ("share(model: nn.Module, plan: dict[str, LayerPlan], *, codes: dict[str, torch.Tensor] | None = None, "
-                 "seed: int | torch.Generator = 0, backend: str = 'auto', progress: bool = False)")
-    for said in (signature, "clusters in every layer, or one number for each planned layer in order",
-                 "Raises ValueError for unknown or shared", "source"):
+    signature = (
+        "share(model: nn.Module, plan: dict[str, LayerPlan], *, codes: dict[str, torch.Tensor] | None = None, "
+        "seed: int | torch.Generator = 0, backend: str = 'auto', progress: bool = False)"
+    )
+    for said in (
+        signature,
+        "clusters in every layer, or one number for each planned layer in order",
+        "Raises ValueError for unknown or shared",
+        "source",
+    ):
         assert said in text, said
     assert "../nbs/02_sharing.html#sharing-share" in pages[site / "api" / "sharing.html"].links
 
@@ -97,6 +112,7 @@ def test_search_index_holds_the_words(site):
 
 
 # In a browser
+
 
 @pytest.fixture(scope="session")
 def browser():
@@ -113,6 +129,7 @@ def address(site):
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_):
             pass
+
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=site))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}/"
@@ -124,7 +141,8 @@ LOOK = """async () => {
   const formulas = [...document.querySelectorAll('.math')];
   const [r, g, b] = getComputedStyle(document.body).backgroundColor.match(/[0-9]+/g).map(Number);
   return {wide: document.documentElement.scrollWidth - innerWidth, light: (r + g + b) / 765, formulas: formulas.length,
-          raw: formulas.filter(e => !e.querySelector('mjx-container')).length, wrong: document.querySelectorAll('mjx-merror').length,
+          raw: formulas.filter(e => !e.querySelector('mjx-container')).length,
+          wrong: document.querySelectorAll('mjx-merror').length,
           missing: [...document.images].filter(i => i.complete && !i.naturalWidth).map(i => i.src)};
 }"""
 
@@ -135,7 +153,10 @@ def test_each_page_looks_right(site, pages, browser, address, scheme, width):
     said, formulas = [], 0
     page.on("console", lambda message: said.append(message.text) if message.type in ("error", "warning") else None)
     page.on("pageerror", lambda error: said.append(str(error)))
-    page.on("request", lambda request: said.append(f"asks {request.url}") if not request.url.startswith((address, "data:")) else None)
+    page.on(
+        "request",
+        lambda request: said.append(f"asks {request.url}") if not request.url.startswith((address, "data:")) else None,
+    )
     for path in pages:
         page.goto(address + path.relative_to(site).as_posix())
         seen = page.evaluate(LOOK)

@@ -1,4 +1,5 @@
 """Energy reports against PyTorch's own counter, on hostile networks, and against nn-dataflow where it is installed."""
+
 import copy
 import time
 
@@ -30,12 +31,14 @@ def test_resnet50_takes_less_than_two_seconds():
 
 def test_a_network_of_a_terabyte_costs_no_memory():
     with torch.device("meta"):
-        net = nn.Sequential(nn.Linear(2 ** 19, 2 ** 19))
-    assert dk.energy(net, (2 ** 19,)).total == 7 * 2 ** 38
+        net = nn.Sequential(nn.Linear(2**19, 2**19))
+    assert dk.energy(net, (2**19,)).total == 7 * 2**38
 
 
 def test_the_network_is_left_as_it_was():
-    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Dropout(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8 * 64, 10)).train()
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Dropout(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8 * 64, 10)
+    ).train()
     net[2].eval()
     prune.l1_unstructured(net[3], "weight", 0.5)
     before, modes, random = copy.deepcopy(net.state_dict()), [m.training for m in net.modules()], torch.get_rng_state()
@@ -53,7 +56,11 @@ def test_a_layer_used_twice_counts_twice_and_an_unused_one_is_named():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.conv, self.spare, self.attention = nn.Conv2d(4, 4, 3, padding=1), nn.Linear(3, 3), nn.MultiheadAttention(4, 1, batch_first=True)
+            self.conv, self.spare, self.attention = (
+                nn.Conv2d(4, 4, 3, padding=1),
+                nn.Linear(3, 3),
+                nn.MultiheadAttention(4, 1, batch_first=True),
+            )
 
         def forward(self, x):
             y = self.conv(self.conv(input=x)).flatten(2).mT
@@ -69,17 +76,41 @@ def test_a_pinned_zero_cluster_counts_as_pruned():
     net = dk.build("lenet5", seed=0)
     dk.share(net, {"conv2": dk.LayerPlan(k=8, sparsity=0.5)})
     dense, sparse = (dk.energy(n, (1, 28, 28)).layers.loc["conv2"] for n in (dk.build("lenet5", seed=0), net))
-    assert sparse.density == 0.5 and sparse.activations == dense.activations / 2 and sparse.full_adders == dense.full_adders / 2
+    assert (
+        sparse.density == 0.5
+        and sparse.activations == dense.activations / 2
+        and sparse.full_adders == dense.full_adders / 2
+    )
     assert sparse.stored_bits == 16 * 8 * 5 + 3 * 5000
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(0, 2), st.integers(1, 2), st.integers(1, 2), st.sampled_from([1, 2, 3]), st.booleans())
+@given(
+    st.integers(1, 3),
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.integers(0, 2),
+    st.integers(1, 2),
+    st.integers(1, 2),
+    st.sampled_from([1, 2, 3]),
+    st.booleans(),
+)
 def test_macs_are_those_of_pytorch_counter(c, m, s, stride, padding, dilation, groups, axes, transposed):
     from torch.utils.flop_counter import FlopCounterMode
 
     kind = getattr(nn, f"Conv{'Transpose' * transposed}{axes}d")
-    net = nn.Sequential(kind(c * groups, m * groups, s, stride=stride, padding=padding * (not transposed), dilation=dilation, groups=groups))
+    net = nn.Sequential(
+        kind(
+            c * groups,
+            m * groups,
+            s,
+            stride=stride,
+            padding=padding * (not transposed),
+            dilation=dilation,
+            groups=groups,
+        )
+    )
     image = torch.zeros(2, c * groups, *(9, 8, 7)[:axes])
     with FlopCounterMode(display=False) as counter:
         net(image)
@@ -87,13 +118,20 @@ def test_macs_are_those_of_pytorch_counter(c, m, s, stride, padding, dilation, g
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(1, 4), st.integers(1, 4), st.integers(2, 5), st.integers(1, 3), st.sampled_from(["scalar", "row", "kernel", "filter"]))
+@given(
+    st.integers(1, 4),
+    st.integers(1, 4),
+    st.integers(2, 5),
+    st.integers(1, 3),
+    st.sampled_from(["scalar", "row", "kernel", "filter"]),
+)
 def test_reuse_with_a_centre_for_each_row_saves_nothing(c, m, s, stride, layout):
     layer = nn.Conv2d(c, m, s, stride=stride)
     output = layer(torch.zeros(1, c, 11, 12)).shape
     rows = len(dk.to_rows(layer.weight, layout))
     one, all_rows = reuse_operations(layer, output, 1, layout), reuse_operations(layer, output, rows, layout)
-    assert all_rows[0] >= output.numel() * c * s * s and all_rows[0] == rows * one[0]  # each product of the dense layer is among them
+    assert all_rows[0] >= output.numel() * c * s * s  # each product of the dense layer is among them
+    assert all_rows[0] == rows * one[0]
 
 
 @pytest.fixture(scope="module")
@@ -102,12 +140,17 @@ def reference(root):
 
 
 def test_the_table_is_that_of_the_layers(reference):
-    assert (reference.macs == reference.groups * reference.c * reference.m * reference.kernel ** 2 * reference.side ** 2).all()
+    assert (
+        reference.macs == reference.groups * reference.c * reference.m * reference.kernel**2 * reference.side**2
+    ).all()
     assert (abs(reference["RF W"] / (reference.batch * reference.macs) - 1) < 1e-6).all()  # a MAC reads one weight
 
 
 def test_nn_dataflow_gives_the_committed_accesses(reference):
-    pytest.importorskip("nn_dataflow", reason="optional: pip install 'deepkmeans[energy-ref]', then pip install --no-deps nn-dataflow==2.1")
+    pytest.importorskip(
+        "nn_dataflow",
+        reason="optional: pip install 'deepkmeans[energy-ref]', then pip install --no-deps nn-dataflow==2.1",
+    )
     for network, layer in (("AlexNet", "3"), ("GoogLeNet", "inception3a.branch3.1.conv")):
         row = reference[(reference.network == network) & (reference.layer == layer) & (reference.batch == 4)].iloc[0]
         found = eyeriss_accesses(*(int(row[k]) for k in ("c", "m", "side", "kernel", "stride", "batch")))
@@ -120,7 +163,9 @@ def test_the_conclusion_stands_in_the_committed_tables(root):
     plain = grid[grid.metric == "codebook"]
     assert (abs(plain.rates - plain.rate_alone) < 1e-4).all()  # the control is as good
     savings = pd.read_csv(root / "figures" / "energy_verification_savings.csv")
-    assert (savings.metric > 2 * savings["nn-dataflow"]).all() and (savings["nn-dataflow, decoded before the registers"] < 0.1).all()
+    assert (savings.metric > 2 * savings["nn-dataflow"]).all() and (
+        savings["nn-dataflow, decoded before the registers"] < 0.1
+    ).all()
 
 
 def test_a_network_of_zeros_has_a_summary():

@@ -1,4 +1,5 @@
 """The store and the runner under rough treatment, on Dask, and behind the notebooks of the paper."""
+
 import json
 import shutil
 import signal
@@ -15,7 +16,20 @@ from deepkmeans import gallery, tables
 QUICK = dict(data="digits", baseline_epochs=2, epochs=3)
 FEW = dict(data="digits", train_images=128, test_images=64, batch_size=32, baseline_epochs=1, epochs=1, K=8)
 SUITE = [{**QUICK, "method": "deep-k-means", "layer": "conv1", "sizes": [k]} for k in (2, 4, 8)]
-RUNNER = "import json, sys; from deepkmeans.experiments import run; run(sys.argv[1], json.loads(sys.argv[2]), out=sys.argv[3], together='sizes', progress=False)"
+RUNNER = """
+import json, sys
+from deepkmeans.experiments import run
+run(sys.argv[1], json.loads(sys.argv[2]), out=sys.argv[3], together='sizes', progress=False)
+"""
+LATE = """
+import os, pathlib, sys
+tried = pathlib.Path(sys.argv[1])
+first = not tried.exists()
+tried.touch()
+if first:
+    sys.exit('port taken')
+os.execv(sys.executable, [sys.executable, '-m', 'ipykernel_launcher', '-f', sys.argv[2]])
+"""
 
 
 def table(frame):
@@ -59,8 +73,13 @@ save_record(f"{out}/{run_id(dict(x=x))}", dict(parameters=dict(x=x), y=x * x, pi
 def small(tmp_path):
     import nbformat
 
-    book = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}})
-    book.cells = [nbformat.v4.new_code_cell("x: int = 1\nout: str = 'runs'", metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell(SMALL)]
+    book = nbformat.v4.new_notebook(
+        metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
+    )
+    book.cells = [
+        nbformat.v4.new_code_cell("x: int = 1\nout: str = 'runs'", metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell(SMALL),
+    ]
     nbformat.write(book, tmp_path / "small.ipynb")
     return tmp_path / "small.ipynb"
 
@@ -79,13 +98,15 @@ def test_the_same_suite_on_dask(small, tmp_path, capsys):
 def test_a_kernel_that_does_not_come_up_gets_another_try(small, tmp_path, monkeypatch):
     spec = tmp_path / "jupyter" / "kernels" / "late"
     spec.mkdir(parents=True)
-    late = "import os, pathlib, sys; tried = pathlib.Path(sys.argv[1]); first = not tried.exists(); tried.touch(); sys.exit('port taken') if first else os.execv(sys.executable, [sys.executable, '-m', 'ipykernel_launcher', '-f', sys.argv[2]])"
-    (spec / "kernel.json").write_text(json.dumps(dict(argv=[sys.executable, "-c", late, str(tmp_path / "tried"), "{connection_file}"], display_name="late", language="python")))
+    late = [sys.executable, "-c", LATE, str(tmp_path / "tried"), "{connection_file}"]
+    (spec / "kernel.json").write_text(json.dumps(dict(argv=late, display_name="late", language="python")))
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
     book = json.loads(small.read_text())
     book["metadata"]["kernelspec"] = dict(name="late", display_name="late", language="python")
     small.write_text(json.dumps(book))
-    assert ex.run(small, [dict(x=2)], out=tmp_path / "runs", progress=False).made.all() and (tmp_path / "tried").exists()
+    assert (
+        ex.run(small, [dict(x=2)], out=tmp_path / "runs", progress=False).made.all() and (tmp_path / "tried").exists()
+    )
 
 
 def stamps(folder):
@@ -95,7 +116,13 @@ def stamps(folder):
 def test_figures_1_and_2_at_smoke(root, tmp_path):
     before = stamps(root / "figures")
     (executed,) = ex.reproduce("figure1", "smoke", out=tmp_path, root=root, show=False).values()
-    cells = {c["id"]: "".join(o.get("text", "") if isinstance(o.get("text"), str) else "".join(o.get("text", ())) for o in c.get("outputs", ())) for c in json.loads(executed.read_text())["cells"]}
+    cells = {
+        c["id"]: "".join(
+            o.get("text", "") if isinstance(o.get("text"), str) else "".join(o.get("text", ()))
+            for o in c.get("outputs", ())
+        )
+        for c in json.loads(executed.read_text())["cells"]
+    }
     assert "14 of 14 runs are there" in cells["run"]
     assert cells["verdict-claims"].count("goes to ratio") == 2 and "re-training wins in" in cells["verdict-control"]
     assert stamps(root / "figures") == before, "smoke must not touch figures/"
@@ -111,23 +138,59 @@ def test_allocation_at_smoke(root, tmp_path):
 
 def test_table_1_at_smoke(root, tmp_path):
     (executed,) = ex.reproduce("table1", "smoke", out=tmp_path, root=root, show=False).values()
-    said = {c["id"]: "".join("".join(o.get("text", ())) for o in c.get("outputs", ())) for c in json.loads(executed.read_text())["cells"]}
-    assert "5 of 5 runs are there" in said["run"] and "that it is the better one" not in "".join(said.values()), "smoke has no verdicts"
+    said = {
+        c["id"]: "".join("".join(o.get("text", ())) for o in c.get("outputs", ()))
+        for c in json.loads(executed.read_text())["cells"]
+    }
+    assert "5 of 5 runs are there" in said["run"] and "that it is the better one" not in "".join(said.values()), (
+        "smoke has no verdicts"
+    )
 
 
 def test_every_baseline_runs_from_the_same_network(root, tmp_path):
-    small = dict(model="lenet5", data="digits", train_images=128, test_images=64, batch_size=32, baseline_epochs=1, epochs=1)
-    methods = {"tt": {"rank": 4}, "tt-naive": {"rank": 4}, "hashed": {}, "freshnet": {}, "lrd": {}, "tucker": {}, "separable": {}, "dkm": {}, "deep-compression": {}, "soft": {"components": 3}}
-    runs = ex.run(root / "nbs" / "baseline.ipynb", [{**small, "method": m, "settings": s} for m, s in methods.items()], out=tmp_path, jobs=2, progress=False).set_index("method")
+    small = dict(
+        model="lenet5", data="digits", train_images=128, test_images=64, batch_size=32, baseline_epochs=1, epochs=1
+    )
+    methods = {
+        "tt": {"rank": 4},
+        "tt-naive": {"rank": 4},
+        "hashed": {},
+        "freshnet": {},
+        "lrd": {},
+        "tucker": {},
+        "separable": {},
+        "dkm": {},
+        "deep-compression": {},
+        "soft": {"components": 3},
+    }
+    runs = ex.run(
+        root / "nbs" / "baseline.ipynb",
+        [{**small, "method": m, "settings": s} for m, s in methods.items()],
+        out=tmp_path,
+        jobs=2,
+        progress=False,
+    ).set_index("method")
     assert runs.made.all() and runs["stages.baseline.loss"].nunique() == 1
     size = runs.filter(regex=r"^stages.trained.ratio.network").max(axis=1)
     assert (size > 1).all() and abs(size["hashed"] / 16 - 1) < 0.01 and abs(size["freshnet"] / 16 - 1) < 0.01, size
 
 
 def test_committed_records_are_found_by_their_suites(root):
-    for name, notebook in (("lenet_regularizers_cpu", "retrain"), ("figure1_2_lenet_cpu", "one_layer"), ("figure1_2_lenet_full", "one_layer")):
+    for name, notebook in (
+        ("lenet_regularizers_cpu", "retrain"),
+        ("figure1_2_lenet_cpu", "one_layer"),
+        ("figure1_2_lenet_full", "one_layer"),
+    ):
         records = ex.read_records(root / "figures" / f"{name}.jsonl")
-        assert records and ex.lookup(root / "nbs" / f"{notebook}.ipynb", [r["parameters"] for r in records], [root / "figures" / f"{name}.jsonl"]) == records
+        assert (
+            records
+            and ex.lookup(
+                root / "nbs" / f"{notebook}.ipynb",
+                [r["parameters"] for r in records],
+                [root / "figures" / f"{name}.jsonl"],
+            )
+            == records
+        )
 
 
 def test_the_gallery_is_the_generated_one(root, tmp_path):
@@ -148,7 +211,7 @@ def test_each_file_is_declared_by_one_notebook_and_its_command_names_one(root):
         if words[:2] == ["deepkmeans", "reproduce"]:
             assert words[2] in known and words[3:] in ([], *(["--protocol", p] for p in ex.PROTOCOLS)), command
         elif "papermill" in words:
-            run = words[words.index("papermill") + 1:]
+            run = words[words.index("papermill") + 1 :]
             names = [run[i + 1] for i, word in enumerate(run) if word == "-p"]
             assert set(names) <= set(ex.notebook_parameters(root / run[0])), command
 
@@ -161,7 +224,9 @@ def test_the_gallery_names_the_commands_of_what_no_table_makes(root):
     (record,) = ex.read_records(root / "figures" / "sws_lenet5.jsonl")
     words = commands["sws_lenet5.jsonl"].split()
     given = {words[i + 1]: words[i + 2] for i, word in enumerate(words) if word == "-p"}
-    asked = ex.notebook_parameters(root / "nbs" / "baseline.ipynb") | {k: type(record["parameters"].get(k, ""))(v) for k, v in given.items()}
+    asked = ex.notebook_parameters(root / "nbs" / "baseline.ipynb") | {
+        k: type(record["parameters"].get(k, ""))(v) for k, v in given.items()
+    }
     assert ex.run_id(asked) == ex.run_id(ex.notebook_parameters(root / "nbs" / "baseline.ipynb") | record["parameters"])
 
 

@@ -1,4 +1,5 @@
 """Shared networks in other runtimes: the same outputs, a small file, nothing baked in."""
+
 import copy
 
 import pytest
@@ -13,8 +14,16 @@ pytest.importorskip("onnxscript")
 
 def odd():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 8, (3, 1), dilation=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=4, padding=1), nn.Conv2d(8, 4, 1),
-                         nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 5)).eval()
+    return nn.Sequential(
+        nn.Conv2d(3, 8, (3, 1), dilation=2),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, groups=4, padding=1),
+        nn.Conv2d(8, 4, 1),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(16, 5),
+    ).eval()
 
 
 NETWORKS = {"wide_resnet": lambda: dk.build("wide_resnet", depth=10, widen=2).eval(), "odd": odd}
@@ -67,11 +76,17 @@ class Packed(nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.body, self.head, self.aux = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()), nn.Linear(8, 5), nn.Linear(8, 5)
+        self.body, self.head, self.aux = (
+            nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+            nn.Linear(8, 5),
+            nn.Linear(8, 5),
+        )
 
     def forward(self, x):
         y = self.body(x)
-        return {"logits": self.head(y), "aux": self.aux(y)} if self.training else {"logits": self.head(y), "features": y}
+        return (
+            {"logits": self.head(y), "aux": self.aux(y)} if self.training else {"logits": self.head(y), "features": y}
+        )
 
 
 def test_dictionaries_are_exported_and_shared_heads_that_do_not_run_are_left_out(tmp_path):
@@ -80,7 +95,9 @@ def test_dictionaries_are_exported_and_shared_heads_that_do_not_run_are_left_out
     session = onnxruntime.InferenceSession(str(dk.to_onnx(net, tmp_path / "net.onnx", (3, 9, 9))))
     logits, features = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     with torch.no_grad():
-        torch.testing.assert_close([torch.from_numpy(logits), torch.from_numpy(features)], [*net(x).values()], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            [torch.from_numpy(logits), torch.from_numpy(features)], [*net(x).values()], rtol=1e-4, atol=1e-5
+        )
     assert b"aux" not in (tmp_path / "net.onnx").read_bytes()
 
 
@@ -89,7 +106,12 @@ def test_a_transposed_convolution_is_exported_shared(tmp_path):
     dk.share(net, dk.make_plan(net, k=4))
     session = onnxruntime.InferenceSession(str(dk.to_onnx(net, tmp_path / "net.onnx", (3, 8, 8))))
     with torch.no_grad():
-        torch.testing.assert_close(torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]), net(x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]),
+            net(x),
+            rtol=1e-4,
+            atol=1e-5,
+        )
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 32, 32), (4, 32, 32), (3, 1, 1), (), (3, 0, 32)])

@@ -1,4 +1,8 @@
-"""GoogLeNet with weights in torchvision's format, on images in the folders of ILSVRC12: the path of table 4 that needs data nobody ships."""
+"""GoogLeNet with weights in torchvision's format, on images in the folders of ILSVRC12.
+
+This is the path of table 4 that needs data nobody ships.
+"""
+
 import json
 
 import numpy as np
@@ -19,7 +23,9 @@ def images(tmp_path):
         for wnid in ("n01440764", "n01443537", "n01484850"):
             (tmp_path / "imagenet" / part / wnid).mkdir(parents=True)
             for i in range(count):
-                Image.fromarray(rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)).save(tmp_path / "imagenet" / part / wnid / f"{i}.JPEG")
+                Image.fromarray(rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)).save(
+                    tmp_path / "imagenet" / part / wnid / f"{i}.JPEG"
+                )
     return tmp_path
 
 
@@ -30,11 +36,24 @@ def test_released_weights_are_evaluated_as_torchvision_does(images, papermill, t
         for module in source.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.momentum = 1.0
-        source(torch.randn(8, 3, 64, 64))  # statistics of its own: with the initial ones nothing of the image reaches the output
+        # statistics of its own: with the initial ones nothing of the image reaches the output
+        source(torch.randn(8, 3, 64, 64))
         source.eval().fc.weight.mul_(20)
     save_file({k: v.clone() for k, v in source.state_dict().items()}, tmp_path / "googlenet.safetensors")
-    done = papermill("nbs/retrain.ipynb", model="googlenet", data="imagenet", data_root=images, checkpoint=tmp_path / "googlenet.safetensors",
-                     K=2, kind="none", epochs=0, finetune_epochs=0, device="cpu", out=tmp_path / "runs", progress=False)
+    done = papermill(
+        "nbs/retrain.ipynb",
+        model="googlenet",
+        data="imagenet",
+        data_root=images,
+        checkpoint=tmp_path / "googlenet.safetensors",
+        K=2,
+        kind="none",
+        epochs=0,
+        finetune_epochs=0,
+        device="cpu",
+        out=tmp_path / "runs",
+        progress=False,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     (record,) = (tmp_path / "runs").glob("*/record.json")
     stages = json.loads(record.read_text())["stages"]

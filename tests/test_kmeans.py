@@ -1,4 +1,5 @@
 """Properties of the k-means engine that hold for every back end."""
+
 import importlib
 import os
 import subprocess
@@ -6,7 +7,6 @@ import sys
 import threading
 import time
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -70,8 +70,12 @@ def test_what_every_clustering_is(problem, backend, init):
 def test_inertia_never_rises(problem, backend):
     rows, k, weight = problem
     start = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(1))[:k]]
-    trace = [kmeans(rows, k, init=start, sample_weight=weight, tol=0, max_iter=i, backend=backend).inertia for i in range(1, 9)]
-    rounding = 1e-13 * float(rows.double().square().sum())  # that of the codebook to float32, in float64 rows with a large mean
+    trace = [
+        kmeans(rows, k, init=start, sample_weight=weight, tol=0, max_iter=i, backend=backend).inertia
+        for i in range(1, 9)
+    ]
+    # that of the codebook to float32, in float64 rows with a large mean
+    rounding = 1e-13 * float(rows.double().square().sum())
     assert all(after <= before * (1 + 1e-9) + rounding for before, after in zip(trace, trace[1:]))
 
 
@@ -109,18 +113,25 @@ def test_encode_is_the_same_everywhere(seed, k, d, offset):
     distances = (rows.double()[:, None] - codebook.double()).square().sum(-1)
     for backend in GENERAL:
         codes, least = encode(rows, codebook, backend)
-        assert (distances.gather(1, codes[:, None])[:, 0] == distances.min(1).values).all()  # equal codes but for true ties
+        assert (
+            distances.gather(1, codes[:, None])[:, 0] == distances.min(1).values
+        ).all()  # equal codes but for true ties
         torch.testing.assert_close(least, distances.min(1).values)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_numbers_are_clustered_at_least_as_well_as_by_lloyd(weighted):
-    rows, weight = normal(500, 1), torch.rand(500, generator=torch.Generator().manual_seed(2)) + 0.1 if weighted else None
+    rows, weight = (
+        normal(500, 1),
+        torch.rand(500, generator=torch.Generator().manual_seed(2)) + 0.1 if weighted else None,
+    )
     for k in (2, 9, 100):
         best = kmeans(rows, k, sample_weight=weight)
         assert best.inertia == pytest.approx(kmeans(rows, k, sample_weight=weight, backend="exact").inertia)
         for seed in range(3):
-            assert best.inertia <= kmeans(rows, k, sample_weight=weight, backend="torch", seed=seed).inertia * (1 + 1e-12)
+            assert best.inertia <= kmeans(rows, k, sample_weight=weight, backend="torch", seed=seed).inertia * (
+                1 + 1e-12
+            )
 
 
 def test_weights_stand_for_repeated_rows():
@@ -139,7 +150,10 @@ def test_plusplus_is_as_good_as_scikit_learns():
     from sklearn.cluster import kmeans_plusplus
 
     rows = normal(3000, 3)
-    cost = lambda centres: float(encode(rows, torch.as_tensor(centres))[1].sum())
+
+    def cost(centres):
+        return float(encode(rows, torch.as_tensor(centres))[1].sum())
+
     theirs = np.mean([cost(kmeans_plusplus(rows.numpy(), 60, random_state=s)[0]) for s in range(12)])
     space = module._space(rows)
     for x in (rows, rows.repeat(10, 1)):  # plain, and from a million pairs on the tree
@@ -152,7 +166,10 @@ def test_plusplus_is_as_good_as_scikit_learns():
 def test_seeding_follows_the_weights(k):
     rows = torch.cat([normal(1000, 3), normal(1000, 3) + 100])
     weight = torch.cat([torch.ones(1000), torch.full((1000,), 1e-9)])
-    first = [int(module._seed_plusplus(module._space(rows, weight.double()), k, torch.Generator().manual_seed(s))[0]) for s in range(8)]
+    first = [
+        int(module._seed_plusplus(module._space(rows, weight.double()), k, torch.Generator().manual_seed(s))[0])
+        for s in range(8)
+    ]
     assert max(first) < 1000
 
 
@@ -187,12 +204,16 @@ def test_as_many_centres_as_rows(backend):
     assert found.inertia == 0 and (decode(found.codes, found.codebook) == rows).all()
 
 
+def cost_of_run(m):  # inertia of m consecutive whole numbers
+    return m * (m * m - 1) / 12
+
+
 def test_equally_spaced_numbers_and_ties():
     for k in (3, 5, 6, 7, 12):
         found = kmeans(torch.arange(13.0)[:, None], k)
         small, large = divmod(13, k)
-        cost = lambda m: m * (m * m - 1) / 12
-        assert found.inertia == pytest.approx((k - large) * cost(small) + large * cost(small + 1))
+        least = (k - large) * cost_of_run(small) + large * cost_of_run(small + 1)
+        assert found.inertia == pytest.approx(least)
 
 
 @pytest.mark.parametrize("backend", GENERAL)
@@ -316,14 +337,25 @@ def keops(tmp_path, monkeypatch):  # a library in the place of KeOps
 
     def replace(source):
         (tmp_path / "pykeops").mkdir(exist_ok=True)
-        (tmp_path / "pykeops" / "__init__.py").write_text(f"open({str(tmp_path / 'tried')!r}, 'a').write('.')\n{source}")
+        (tmp_path / "pykeops" / "__init__.py").write_text(
+            f"open({str(tmp_path / 'tried')!r}, 'a').write('.')\n{source}"
+        )
+
     yield replace
     module._keops_fault.cache_clear()
     monkeypatch.delenv("KEOPS_CACHE_FOLDER", raising=False)
 
 
 @pytest.mark.skipif("pykeops" in sys.modules, reason="KeOps was imported into this process")
-@pytest.mark.parametrize("source, said", [(CRASH, "its process died of SIGSEGV; set CXX"), (HANG, "no answer in 6 seconds; set CXX"), ("raise RuntimeError('no compiler')", "RuntimeError: no compiler; set CXX")], ids=["crash", "hang", "error"])
+@pytest.mark.parametrize(
+    "source, said",
+    [
+        (CRASH, "its process died of SIGSEGV; set CXX"),
+        (HANG, "no answer in 6 seconds; set CXX"),
+        ("raise RuntimeError('no compiler')", "RuntimeError: no compiler; set CXX"),
+    ],
+    ids=["crash", "hang", "error"],
+)
 def test_keops_that_does_not_work_stays_in_a_child(keops, tmp_path, monkeypatch, source, said):
     keops(source)
     monkeypatch.setattr(module, "_PATIENCE", 6)
@@ -372,7 +404,9 @@ assert nearest(torch.tensor([[1.1]]), twice, 2).sort().values.tolist() == [[1, 2
 
 def test_the_triton_kernel_interpreted_on_the_cpu_finds_what_float64_finds():
     pytest.importorskip("triton")
-    done = subprocess.run([sys.executable, "-c", INTERPRETED], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -449,7 +483,9 @@ def test_the_input_is_left_alone():
 def test_no_large_distance_matrix(monkeypatch):
     """`torch` never holds more of the n×k matrix than it states."""
     sizes, least = [], module._least
-    monkeypatch.setattr(module, "_least", lambda distances, top: sizes.append(distances.nbytes) or least(distances, top))
+    monkeypatch.setattr(
+        module, "_least", lambda distances, top: sizes.append(distances.nbytes) or least(distances, top)
+    )
     rows = normal(30_000, 3)
     kmeans(rows, 300, max_iter=3, backend="torch", init="random")
     assert max(sizes) <= module.CACHE and sum(sizes) >= 3 * 4 * 300 * 30_000

@@ -1,4 +1,5 @@
 """Rows that do not fit in memory, or lie in several processes; few centres and many."""
+
 import importlib
 import subprocess
 import sys
@@ -37,7 +38,12 @@ def test_rows_larger_than_the_memory(tmp_path):
     with open(tmp_path / "rows", "wb") as file:
         for _ in range(100):
             file.write(block.numpy().tobytes())
-    done = subprocess.run([sys.executable, "-c", STREAMED, tmp_path / "rows"], capture_output=True, text=True, env={"OMP_NUM_THREADS": "1", "PYTHONPATH": ":".join(sys.path)})
+    done = subprocess.run(
+        [sys.executable, "-c", STREAMED, tmp_path / "rows"],
+        capture_output=True,
+        text=True,
+        env={"OMP_NUM_THREADS": "1", "PYTHONPATH": ":".join(sys.path)},
+    )
     (tmp_path / "rows").unlink()
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()
@@ -64,7 +70,8 @@ dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank,
 results = []
 for rows, start, weight in torch.load(f"{folder}/problems", weights_only=True):
     part = slice(0, len(rows) // 3) if rank == 0 else slice(len(rows) // 3, None)
-    found = kmeans(rows[part], len(start), init=start, sample_weight=None if weight is None else weight[part], tol=0, group=dist.group.WORLD)
+    weight = None if weight is None else weight[part]
+    found = kmeans(rows[part], len(start), init=start, sample_weight=weight, tol=0, group=dist.group.WORLD)
     results.append((found.codebook, found.codes, found.inertia, found.n_iter))
 try:
     kmeans(rows[part], 2, group=dist.group.WORLD)
@@ -79,11 +86,17 @@ dist.destroy_process_group()
 def test_two_processes_find_what_one_finds(tmp_path):
     g = torch.Generator().manual_seed(0)
     rows, few = torch.randn(3000, 3, generator=g), torch.randint(0, 2, (90, 3), generator=g).float()
-    problems = [(rows, rows[:40], None), (rows, rows[-7:], torch.rand(3000, generator=g) + 0.1),
-                (rows, torch.cat([rows[:5], torch.full((3, 3), 50.0) + torch.eye(3)]), None),  # centres that nothing wants
-                (few, torch.rand(12, 3, generator=g), None)]  # more centres than distinct rows
+    problems = [
+        (rows, rows[:40], None),
+        (rows, rows[-7:], torch.rand(3000, generator=g) + 0.1),
+        (rows, torch.cat([rows[:5], torch.full((3, 3), 50.0) + torch.eye(3)]), None),  # centres that nothing wants
+        (few, torch.rand(12, 3, generator=g), None),  # more centres than distinct rows
+    ]
     torch.save(problems, tmp_path / "problems")
-    workers = [subprocess.Popen([sys.executable, "-c", TOGETHER, str(rank), tmp_path], stderr=subprocess.PIPE, text=True) for rank in (0, 1)]
+    workers = [
+        subprocess.Popen([sys.executable, "-c", TOGETHER, str(rank), tmp_path], stderr=subprocess.PIPE, text=True)
+        for rank in (0, 1)
+    ]
     for worker in workers:
         assert worker.wait(120) == 0, worker.stderr.read()
     *first, refused = torch.load(tmp_path / "result0")
@@ -112,12 +125,25 @@ import torch
 import torch.distributed as dist
 from deepkmeans.kmeans import kmeans
 rank, folder = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60))
+minute = datetime.timedelta(seconds=60)
+dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=minute)
 rows = torch.randn(200, 3, generator=torch.Generator().manual_seed(rank))
 start, first = torch.arange(12.0).view(4, 3), rank == 0
-cases = [dict(rows=rows[:0]) if first else {}, dict(rows=torch.full((5, 3), torch.nan)) if first else {}, dict(rows="rows") if first else {}, dict(sample_weight=[1.0]) if first else {},
-         dict(init=start + rank), dict(k=4 - rank, init=start[:4 - rank]), dict(rows=rows[:, :2], init=start[:, :2]) if first else {}, dict(max_iter=5 + rank), dict(tol=0.1 * rank),
-         dict(rows=rows.double()) if first else {}, dict(sample_weight=torch.ones(200)) if first else {}, dict(backend="tree") if first else {}, dict(k=2000, init=start.repeat(500, 1))]
+cases = [
+    dict(rows=rows[:0]) if first else {},
+    dict(rows=torch.full((5, 3), torch.nan)) if first else {},
+    dict(rows="rows") if first else {},
+    dict(sample_weight=[1.0]) if first else {},
+    dict(init=start + rank),
+    dict(k=4 - rank, init=start[:4 - rank]),
+    dict(rows=rows[:, :2], init=start[:, :2]) if first else {},
+    dict(max_iter=5 + rank),
+    dict(tol=0.1 * rank),
+    dict(rows=rows.double()) if first else {},
+    dict(sample_weight=torch.ones(200)) if first else {},
+    dict(backend="tree") if first else {},
+    dict(k=2000, init=start.repeat(500, 1)),
+]
 for case in cases:
     try:
         kmeans(**dict(rows=rows, k=4, init=start, group=dist.group.WORLD) | case)
@@ -130,11 +156,32 @@ dist.destroy_process_group()
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
 def test_processes_that_were_given_different_things_all_say_so_and_none_waits(tmp_path):
-    workers = [subprocess.Popen([sys.executable, "-c", DISAGREEING, str(rank), tmp_path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for rank in (0, 1)]
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", DISAGREEING, str(rank), tmp_path],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
     first, second = ([*worker.communicate(timeout=100)][0].splitlines() for worker in workers)
-    wrong = ["rows has shape (0, 3)", "rows holds NaN", "rows of type str must be numbers", "sample_weight has shape (1,)"]
-    assert [a[:len(w)] for a, w in zip(first, wrong)] == wrong and all("another process of the group refused its arguments" in b for b in second[:4])
-    assert first[4:11] == second[4:11] == [f"the processes of the group were given different {names}, must be the same in all"
-                                           for names in ("init", "init, k", "init", "max_iter", "tol", "dtype", "sample_weight")]
+    wrong = [
+        "rows has shape (0, 3)",
+        "rows holds NaN",
+        "rows of type str must be numbers",
+        "sample_weight has shape (1,)",
+    ]
+    assert [a[: len(w)] for a, w in zip(first, wrong)] == wrong and all(
+        "another process of the group refused its arguments" in b for b in second[:4]
+    )
+    assert (
+        first[4:11]
+        == second[4:11]
+        == [
+            f"the processes of the group were given different {names}, must be the same in all"
+            for names in ("init", "init, k", "init", "max_iter", "tol", "dtype", "sample_weight")
+        ]
+    )
     assert first[11].startswith("backend='tree' needs all rows in one process") and "another process" in second[11]
     assert first[12:] == second[12:] == ["k=2000 must be between 1 and the number of rows, 400"]

@@ -1,4 +1,8 @@
-"""What k-means promises at the edges of the numbers: right codes, right precision, the optimum where it says exact, and the manners of its surroundings."""
+"""What k-means promises at the edges of the numbers.
+
+Right codes, right precision, the optimum where it says exact, and the manners of its surroundings.
+"""
+
 import importlib
 import os
 import subprocess
@@ -48,16 +52,24 @@ def test_float64_rows_far_from_zero_are_clustered_as_float64(backend):
     assert found.inertia == pytest.approx(reference.inertia_, rel=1e-9)
     assert np.sort(found.codebook[:, 0]) == pytest.approx(np.sort(reference.cluster_centers_[:, 0]), rel=1e-15)
     estimator = KMeans(3, n_init=5, backend=backend).fit(X)
-    assert estimator.inertia_ == pytest.approx(reference.inertia_, rel=1e-9) and estimator.cluster_centers_.dtype == np.float64
+    assert (
+        estimator.inertia_ == pytest.approx(reference.inertia_, rel=1e-9)
+        and estimator.cluster_centers_.dtype == np.float64
+    )
 
 
 @EVERY
 def test_float64_heaps_a_billion_apart_keep_their_clusters(backend):
     """Within each heap there is less than a float32 can see."""
     g = np.random.default_rng(0)
-    X = np.repeat(np.stack(np.meshgrid([-1e9, 1e9], [0, 40, 80]), -1).reshape(-1, 2), 100, 0) @ [[1, 1, 0], [0, 1, 1]] + g.normal(size=(600, 3))
+    X = np.repeat(np.stack(np.meshgrid([-1e9, 1e9], [0, 40, 80]), -1).reshape(-1, 2), 100, 0) @ [
+        [1, 1, 0],
+        [0, 1, 1],
+    ] + g.normal(size=(600, 3))
     found = kmeans(X, 6, init=X[::100], backend=backend)
-    assert torch.bincount(found.codes).tolist() == [100] * 6 and found.inertia == pytest.approx(Reference(6, init=X[::100], n_init=1).fit(X).inertia_, rel=1e-6)
+    assert torch.bincount(found.codes).tolist() == [100] * 6 and found.inertia == pytest.approx(
+        Reference(6, init=X[::100], n_init=1).fit(X).inertia_, rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("size", [1e-310, 1e-160, 1e-50, 1.0, 1e39, 1e200, 1.7e308])
@@ -65,17 +77,29 @@ def test_float64_heaps_a_billion_apart_keep_their_clusters(backend):
 def test_neither_tiny_nor_huge_numbers_are_too_much(backend, size):
     plain = np.array([1.0, 0.99, 0.98, 0.5, 0.49, 0.51, 0.1, 0.11, 0.12])[:, None]
     found = kmeans(plain * size, 3, n_init=5, backend=backend)
-    assert len({tuple(found.codes[i:i + 3].tolist()) for i in (0, 3, 6)}) == 3 and [len(set(found.codes[i:i + 3].tolist())) for i in (0, 3, 6)] == [1] * 3
-    assert (np.sort(found.codebook[:, 0]) / size) == pytest.approx([0.11, 0.5, 0.99], rel=1e-10 if size > 1e-300 else 1e-3)
+    assert (
+        len({tuple(found.codes[i : i + 3].tolist()) for i in (0, 3, 6)}) == 3
+        and [len(set(found.codes[i : i + 3].tolist())) for i in (0, 3, 6)] == [1] * 3
+    )
+    assert (np.sort(found.codebook[:, 0]) / size) == pytest.approx(
+        [0.11, 0.5, 0.99], rel=1e-10 if size > 1e-300 else 1e-3
+    )
     assert found.inertia == pytest.approx(6e-4 * size * size, rel=1e-9)  # 0 or infinite where that is
     codes, squares = encode(plain * size, found.codebook, backend)
-    assert torch.equal(codes, found.codes) and (KMeans(3, n_init=5, backend=backend).fit(plain * size).labels_[::3] >= 0).all()
+    assert (
+        torch.equal(codes, found.codes)
+        and (KMeans(3, n_init=5, backend=backend).fit(plain * size).labels_[::3] >= 0).all()
+    )
 
 
 def test_codebook_entries_of_another_size_than_the_rows_are_told_apart():
     rows = np.array([[1.0, 2.0], [1.5, 2.0], [-1.0, 0.0]])
     for backend in GENERAL:
-        assert encode(rows, np.array([[1e300, 1e300], [1.4, 2.0], [1.0, 2.1], [-1e300, 0]]), backend)[0].tolist() == [2, 1, 2]
+        assert encode(rows, np.array([[1e300, 1e300], [1.4, 2.0], [1.0, 2.1], [-1e300, 0]]), backend)[0].tolist() == [
+            2,
+            1,
+            2,
+        ]
         assert encode(rows, np.array([[1e300, 0], [1e299, 0], [-1e301, 0]]), backend)[0].tolist() == [1, 1, 1]
         assert encode(rows * 1e-200, rows * 1e-200, backend)[0].tolist() == [0, 1, 2]
 
@@ -95,7 +119,9 @@ def test_weights_may_be_of_any_size():
 @pytest.mark.parametrize("apart, dtype", [(1e4, torch.float32), (1e7, torch.float64)])
 def test_encode_tells_rows_of_far_heaps_apart(backend, apart, dtype):
     g = torch.Generator().manual_seed(0)
-    rows = (torch.randn(3000, 9, generator=g, dtype=dtype) + apart * (2 * torch.randint(0, 2, (3000, 1), generator=g) - 1)).to(dtype)
+    rows = (
+        torch.randn(3000, 9, generator=g, dtype=dtype) + apart * (2 * torch.randint(0, 2, (3000, 1), generator=g) - 1)
+    ).to(dtype)
     codebook = rows[::10]
     assert torch.equal(encode(rows, codebook, backend)[0], true_codes(rows, codebook))
 
@@ -104,8 +130,12 @@ def test_encode_tells_rows_of_far_heaps_apart(backend, apart, dtype):
 def test_lloyd_sees_rows_of_far_heaps_as_well(backend):
     g = torch.Generator().manual_seed(0)
     rows = torch.randn(2000, 9, generator=g) + 1e4 * (2 * torch.randint(0, 2, (2000, 1), generator=g) - 1)
-    reference = Reference(50, init=rows[:50].double().numpy(), n_init=1, algorithm="lloyd", tol=0).fit(rows.double().numpy())
-    assert kmeans(rows, 50, init=rows[:50], tol=0, backend=backend).inertia == pytest.approx(reference.inertia_, rel=1e-3)
+    reference = Reference(50, init=rows[:50].double().numpy(), n_init=1, algorithm="lloyd", tol=0).fit(
+        rows.double().numpy()
+    )
+    assert kmeans(rows, 50, init=rows[:50], tol=0, backend=backend).inertia == pytest.approx(
+        reference.inertia_, rel=1e-3
+    )
 
 
 def test_low_precision_of_matrix_products_costs_no_code():
@@ -117,38 +147,66 @@ def test_low_precision_of_matrix_products_costs_no_code():
         torch.set_float32_matmul_precision(before)
 
 
-STOPS = [dict(max_iter=1), dict(max_iter=2, tol=0), dict(max_iter=7, tol=0), dict(tol=1e-1), dict(tol=1e-4), dict(tol=0, max_iter=300)]
+STOPS = [
+    dict(max_iter=1),
+    dict(max_iter=2, tol=0),
+    dict(max_iter=7, tol=0),
+    dict(tol=1e-1),
+    dict(tol=1e-4),
+    dict(tol=0, max_iter=300),
+]
 
 
 @pytest.mark.parametrize("stop", STOPS, ids=str)
 @pytest.mark.parametrize("backend, d", [*((b, d) for b in GENERAL for d in (1, 3, 9)), ("exact", 1), ("auto", 2)])
 def test_codes_are_nearest_to_the_codebook_that_is_returned_wherever_the_iteration_stops(stop, backend, d):
-    rows = torch.from_numpy(np.random.default_rng(d).standard_t(4, (900, d))).to(torch.float64 if d == 9 else torch.float32)
+    rows = torch.from_numpy(np.random.default_rng(d).standard_t(4, (900, d))).to(
+        torch.float64 if d == 9 else torch.float32
+    )
     weight = np.random.default_rng(1).random(900) + 0.1
-    for options in (dict(), dict(sample_weight=weight), dict(pinned_zero=0.4), dict(sample_weight=weight, pinned_zero=0.4), dict(init=rows[:60] * 0.1)):
+    for options in (
+        dict(),
+        dict(sample_weight=weight),
+        dict(pinned_zero=0.4),
+        dict(sample_weight=weight, pinned_zero=0.4),
+        dict(init=rows[:60] * 0.1),
+    ):
         found = kmeans(rows, 60, backend=backend, **stop, **options)
         first = int("pinned_zero" in options)
         free = found.codes >= first
         squares = (rows.double()[:, None] - found.codebook.double()).square().sum(-1)  # (n, k)
         own = squares.gather(1, found.codes[:, None])[:, 0]
-        assert (own <= squares[:, first:].min(1).values * (1 + 1e-14))[free].all() and int((~free).sum()) == round(0.4 * 900) * first
+        assert (own <= squares[:, first:].min(1).values * (1 + 1e-14))[free].all() and int((~free).sum()) == round(
+            0.4 * 900
+        ) * first
         assert torch.bincount(found.codes, minlength=60).min() > 0
-        assert found.inertia == pytest.approx(float((own * torch.as_tensor(options.get("sample_weight", np.ones(900)))).sum()), rel=1e-12)
+        assert found.inertia == pytest.approx(
+            float((own * torch.as_tensor(options.get("sample_weight", np.ones(900)))).sum()), rel=1e-12
+        )
 
 
 @pytest.mark.parametrize("stop", STOPS, ids=str)
 def test_labels_are_nearest_to_the_centres_of_the_estimator(stop):
     X = np.random.default_rng(0).standard_t(4, (900, 3))
     fitted = KMeans(60, **stop).fit(X)
-    assert (fitted.labels_ == true_codes(torch.from_numpy(X), torch.from_numpy(fitted.cluster_centers_)).numpy()).all() and (fitted.labels_ == fitted.predict(X)).all()
-    assert -fitted.score(X) == pytest.approx(fitted.inertia_, rel=1e-12) and np.bincount(fitted.labels_, minlength=60).min() > 0
+    assert (
+        fitted.labels_ == true_codes(torch.from_numpy(X), torch.from_numpy(fitted.cluster_centers_)).numpy()
+    ).all() and (fitted.labels_ == fitted.predict(X)).all()
+    assert (
+        -fitted.score(X) == pytest.approx(fitted.inertia_, rel=1e-12)
+        and np.bincount(fitted.labels_, minlength=60).min() > 0
+    )
 
 
 @EVERY
 def test_a_centre_that_the_last_assignment_empties_moves_to_the_worst_row(backend, monkeypatch):
-    """Means of a first assignment at random: 40 centres in the middle of all rows, of which most lose all their rows."""
+    """Means of a first assignment at random: 40 centres in the middle of all rows, and most lose all their rows."""
     rows, emptied, donors = normal(400, 2), [], module._donors
-    monkeypatch.setattr(module, "_donors", lambda space, codebook, codes, count: emptied.append(count) or donors(space, codebook, codes, count))
+    monkeypatch.setattr(
+        module,
+        "_donors",
+        lambda space, codebook, codes, count: emptied.append(count) or donors(space, codebook, codes, count),
+    )
     space = module._space(rows)
     codes = torch.randint(0, 40, (400,), generator=torch.Generator().manual_seed(0))
     means, codes, _ = module._update(space, codes, 40)
@@ -187,7 +245,9 @@ def test_values_forty_powers_of_ten_apart_are_told_apart():
 def test_a_weight_of_2_is_the_row_written_twice(init, n, k):
     rows = normal(n, 3)
     times = torch.randint(1, 4, (n,), generator=torch.Generator().manual_seed(1))
-    written = rows.repeat_interleave(times, 0)[torch.randperm(int(times.sum()), generator=torch.Generator().manual_seed(2))]
+    written = rows.repeat_interleave(times, 0)[
+        torch.randperm(int(times.sum()), generator=torch.Generator().manual_seed(2))
+    ]
     for seed in range(20 if n < 100 else 1):
         a = KMeans(k, init=init, seed=seed, max_iter=5).fit(rows, sample_weight=times)
         b = KMeans(k, init=init, seed=seed, max_iter=5).fit(written)
@@ -199,9 +259,20 @@ def test_a_weight_of_2_is_the_row_written_twice(init, n, k):
 ARRAY = np.random.default_rng(0).integers(-50, 50, (60, 3)).astype(np.float64)
 READ_ONLY = ARRAY.copy()
 READ_ONLY.flags.writeable = False
-SAME = {"reversed": ARRAY[::-1].copy()[::-1], "columns reversed": ARRAY[:, ::-1].copy()[:, ::-1], "big-endian": ARRAY.astype(">f8"), "big-endian integers": ARRAY.astype(">i4"), "integers": ARRAY.astype(np.int16),
-        "read-only": READ_ONLY, "in columns": np.asfortranarray(ARRAY), "frame": pd.DataFrame(ARRAY), "frame of integers": pd.DataFrame(ARRAY.astype(int)), "list": ARRAY.tolist(),
-        "tensor of integers": torch.from_numpy(ARRAY).to(torch.int32), "with gaps": np.repeat(ARRAY, 2, 0)[::2]}
+SAME = {
+    "reversed": ARRAY[::-1].copy()[::-1],
+    "columns reversed": ARRAY[:, ::-1].copy()[:, ::-1],
+    "big-endian": ARRAY.astype(">f8"),
+    "big-endian integers": ARRAY.astype(">i4"),
+    "integers": ARRAY.astype(np.int16),
+    "read-only": READ_ONLY,
+    "in columns": np.asfortranarray(ARRAY),
+    "frame": pd.DataFrame(ARRAY),
+    "frame of integers": pd.DataFrame(ARRAY.astype(int)),
+    "list": ARRAY.tolist(),
+    "tensor of integers": torch.from_numpy(ARRAY).to(torch.int32),
+    "with gaps": np.repeat(ARRAY, 2, 0)[::2],
+}
 
 
 @pytest.mark.filterwarnings("error")
@@ -210,13 +281,25 @@ def test_arrays_of_every_kind_give_what_the_plain_one_gives(kind):
     rows, plain = SAME[kind], kmeans(ARRAY, 6, init=ARRAY[:6], sample_weight=np.arange(1.0, 61))
     first = rows.iloc[:6] if isinstance(rows, pd.DataFrame) else rows[:6]
     found = kmeans(rows, 6, init=first, sample_weight=np.arange(60.0, 0, -1)[::-1].astype(">f4"), seed=np.int64(1))
-    assert torch.equal(found.codebook, plain.codebook) and torch.equal(found.codes, plain.codes) and found.codebook.dtype == torch.float64
+    assert (
+        torch.equal(found.codebook, plain.codebook)
+        and torch.equal(found.codes, plain.codes)
+        and found.codebook.dtype == torch.float64
+    )
     assert torch.equal(encode(rows, first)[0], encode(ARRAY, ARRAY[:6])[0])
 
 
 def test_numbers_of_numpy_are_numbers():
     plain = kmeans(ARRAY, 6, pinned_zero=0.25, n_init=2, seed=3, max_iter=4)
-    found = kmeans(ARRAY, np.int32(6), pinned_zero=np.float32(0.25), n_init=np.int8(2), seed=np.uint8(3), max_iter=np.int64(4), tol=np.float32(1e-4))
+    found = kmeans(
+        ARRAY,
+        np.int32(6),
+        pinned_zero=np.float32(0.25),
+        n_init=np.int8(2),
+        seed=np.uint8(3),
+        max_iter=np.int64(4),
+        tol=np.float32(1e-4),
+    )
     assert torch.equal(found.codes, plain.codes) and found.inertia == plain.inertia
 
 
@@ -226,10 +309,19 @@ def test_numbers_of_numpy_are_numbers():
 def test_transform_gives_the_distances_and_score_minus_the_inertia():
     X, reference = ARRAY.astype(np.float32), Reference(5, n_init=1, init=ARRAY[:5], tol=0, max_iter=300).fit(ARRAY)
     fitted = KMeans(5, init=ARRAY[:5], tol=0, max_iter=300).fit(X)
-    assert np.allclose(fitted.transform(X), reference.transform(ARRAY), rtol=1e-5) and fitted.transform(X).dtype == np.float32
-    assert fitted.score(X) == pytest.approx(reference.score(ARRAY)) and fitted.score(X, sample_weight=np.arange(60)) == pytest.approx(reference.score(ARRAY, sample_weight=np.arange(60)))
-    assert np.array_equal(fitted.fit_transform(X), fitted.transform(X)) and isinstance(fitted.transform(torch.from_numpy(X)), torch.Tensor)
-    assert np.allclose(KMeans(2).fit(ARRAY * 1e-200).transform(ARRAY * 1e-200) * 1e200, KMeans(2).fit(ARRAY).transform(ARRAY))
+    assert (
+        np.allclose(fitted.transform(X), reference.transform(ARRAY), rtol=1e-5)
+        and fitted.transform(X).dtype == np.float32
+    )
+    assert fitted.score(X) == pytest.approx(reference.score(ARRAY)) and fitted.score(
+        X, sample_weight=np.arange(60)
+    ) == pytest.approx(reference.score(ARRAY, sample_weight=np.arange(60)))
+    assert np.array_equal(fitted.fit_transform(X), fitted.transform(X)) and isinstance(
+        fitted.transform(torch.from_numpy(X)), torch.Tensor
+    )
+    assert np.allclose(
+        KMeans(2).fit(ARRAY * 1e-200).transform(ARRAY * 1e-200) * 1e200, KMeans(2).fit(ARRAY).transform(ARRAY)
+    )
 
 
 def test_it_is_searched_over_and_stands_in_a_pipeline():
@@ -251,9 +343,15 @@ def test_its_output_is_a_data_frame_where_that_is_asked_for():
 
     frame = pd.DataFrame(ARRAY, columns=list("abc"), index=range(100, 160))
     named = KMeans(4).set_output(transform="pandas").fit(frame)
-    assert list(named.transform(frame).columns) == ["kmeans0", "kmeans1", "kmeans2", "kmeans3"] and list(named.transform(frame).index) == list(frame.index)
-    assert list(clone(named).fit_transform(frame).columns) == list(named.get_feature_names_out()) and named.feature_names_in_.tolist() == ["a", "b", "c"]
-    assert isinstance(make_pipeline(StandardScaler(), KMeans(4)).set_output(transform="pandas").fit_transform(frame), pd.DataFrame)
+    assert list(named.transform(frame).columns) == ["kmeans0", "kmeans1", "kmeans2", "kmeans3"] and list(
+        named.transform(frame).index
+    ) == list(frame.index)
+    assert list(clone(named).fit_transform(frame).columns) == list(
+        named.get_feature_names_out()
+    ) and named.feature_names_in_.tolist() == ["a", "b", "c"]
+    assert isinstance(
+        make_pipeline(StandardScaler(), KMeans(4)).set_output(transform="pandas").fit_transform(frame), pd.DataFrame
+    )
     with config_context(transform_output="pandas"):
         assert isinstance(KMeans(4).fit_transform(frame), pd.DataFrame)
 
@@ -269,7 +367,8 @@ for kind in vars(caching).values():
 with warnings.catch_warnings(record=True) as seen:
     warnings.simplefilter("always")
     import deepkmeans.kernels as kernels, numpy as np
-    print(len(seen) > 0, "NUMBA_CACHE_DIR" in str(seen[0].message), kernels.group(np.array([1, 0, 1]), 2, 9)[0].tolist())
+    order = kernels.group(np.array([1, 0, 1]), 2, 9)[0].tolist()
+    print(len(seen) > 0, "NUMBA_CACHE_DIR" in str(seen[0].message), order)
 """
 
 
@@ -282,7 +381,12 @@ def test_a_read_only_installation_compiles_without_a_cache():
 def test_what_keops_compiles_goes_into_a_folder_of_this_user_alone(tmp_path, planted, monkeypatch):
     path, target = tmp_path / "cache", tmp_path / "target"
     target.mkdir(mode=0o700)
-    path.symlink_to(target) if planted == "link" else path.write_text("") if planted == "file" else path.mkdir(mode=0o700)
+    if planted == "link":
+        path.symlink_to(target)
+    elif planted == "file":
+        path.write_text("")
+    else:
+        path.mkdir(mode=0o700)
     if planted == "open to all":
         path.chmod(0o777)
     if planted == "another's":

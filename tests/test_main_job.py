@@ -1,4 +1,5 @@
-"""The main job as a user runs it: what it writes, that it repeats itself, survives a kill, and how it answers to nonsense."""
+"""The main job as a user runs it: what it writes, repeats and resumes, and answers to nonsense."""
+
 import json
 import signal
 import subprocess
@@ -31,8 +32,17 @@ def test_record_says_what_was_done(two_runs):
     assert record["id"] == folder.name and record["parameters"]["K"] == 16
     assert list(record["stages"]) == ["baseline", "finetuned", "shared", "wr"]
     assert record["dataset"]["name"] == "digits" and record["environment"]["versions"]["torch"]
-    assert {p.name for p in folder.iterdir()} >= {"model.safetensors", "stages.png", "rows.png", "history.png", "filters.png"}
-    assert record["stages"]["shared"]["top1"] >= record["stages"]["wr"]["top1"] and record["history"]["retrain"][0]["moved"] > 0
+    assert {p.name for p in folder.iterdir()} >= {
+        "model.safetensors",
+        "stages.png",
+        "rows.png",
+        "history.png",
+        "filters.png",
+    }
+    assert (
+        record["stages"]["shared"]["top1"] >= record["stages"]["wr"]["top1"]
+        and record["history"]["retrain"][0]["moved"] > 0
+    )
 
 
 def test_a_k_above_the_distinct_rows_is_capped_and_told(two_runs):
@@ -60,7 +70,9 @@ def test_the_compressed_file_has_the_accuracy_of_the_record(two_runs, capsys):
 def test_a_run_can_start_from_a_checkpoint(two_runs, papermill, tmp_path):
     folder, record = two_runs[0]
     (baseline,) = (folder.parent / "baselines").glob("*.safetensors")
-    done = papermill("nbs/retrain.ipynb", checkpoint=baseline, K=2, epochs=0, finetune_epochs=0, out=tmp_path, progress=False)
+    done = papermill(
+        "nbs/retrain.ipynb", checkpoint=baseline, K=2, epochs=0, finetune_epochs=0, out=tmp_path, progress=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     stages = only_run(tmp_path)[1]["stages"]
     assert stages["baseline"] == record["stages"]["baseline"] and set(stages) == {"baseline", "wr", "shared"}
@@ -69,7 +81,16 @@ def test_a_run_can_start_from_a_checkpoint(two_runs, papermill, tmp_path):
 def test_retraining_can_see_a_part_of_the_images(two_runs, papermill, tmp_path):
     (baseline,) = (two_runs[0][0].parent / "baselines").glob("*.safetensors")
     for part in ("retrain_images", "train_images"):  # from a given baseline both leave the same images
-        done = papermill("nbs/retrain.ipynb", checkpoint=baseline, K=4, epochs=1, finetune_epochs=1, out=tmp_path / part, progress=False, **{part: 128})
+        done = papermill(
+            "nbs/retrain.ipynb",
+            checkpoint=baseline,
+            K=4,
+            epochs=1,
+            finetune_epochs=1,
+            out=tmp_path / part,
+            progress=False,
+            **{part: 128},
+        )
         assert done.returncode == 0, done.stderr[-2000:]
     one, two = (only_run(tmp_path / part)[1] for part in ("retrain_images", "train_images"))
     assert one["stages"] == two["stages"] and one["dataset"]["train"] > two["dataset"]["train"] == 128
@@ -77,33 +98,52 @@ def test_retraining_can_see_a_part_of_the_images(two_runs, papermill, tmp_path):
 
 def test_the_job_of_the_baselines_starts_from_a_checkpoint_too(two_runs, papermill, tmp_path):
     (baseline,) = (two_runs[0][0].parent / "baselines").glob("*.safetensors")
-    done = papermill("nbs/baseline.ipynb", method="deep-compression", checkpoint=baseline, epochs=1, retrain_images=128, out=tmp_path, progress=False)
+    done = papermill(
+        "nbs/baseline.ipynb",
+        method="deep-compression",
+        checkpoint=baseline,
+        epochs=1,
+        retrain_images=128,
+        out=tmp_path,
+        progress=False,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     stages = only_run(tmp_path)[1]["stages"]
-    assert stages["baseline"]["top1"] == two_runs[0][1]["stages"]["baseline"]["top1"] and set(stages) == {"baseline", "shared", "trained"}
+    assert stages["baseline"]["top1"] == two_runs[0][1]["stages"]["baseline"]["top1"] and set(stages) == {
+        "baseline",
+        "shared",
+        "trained",
+    }
 
 
 def test_without_a_size_it_ends_twenty_times_smaller(two_runs, papermill, tmp_path):
     (baseline,) = (two_runs[0][0].parent / "baselines").glob("*.safetensors")
-    done = papermill("nbs/retrain.ipynb", checkpoint=baseline, epochs=1, finetune_epochs=0, out=tmp_path, progress=False)
+    done = papermill(
+        "nbs/retrain.ipynb", checkpoint=baseline, epochs=1, finetune_epochs=0, out=tmp_path, progress=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     folder, record = only_run(tmp_path)
     assert abs(record["stages"]["shared"]["ratio"]["network"]["file"] / 20 - 1) < 0.01
-    assert len({layer["k_wanted"] for layer in record["layers"]}) > 1 and "wanted: 20 times smaller on disk" in done.stdout
+    assert (
+        len({layer["k_wanted"] for layer in record["layers"]}) > 1 and "wanted: 20 times smaller on disk" in done.stdout
+    )
 
 
-@pytest.mark.parametrize("parameters, message", [
-    (dict(KK=4), "there is no parameter 'KK'; did you mean K?"),
-    (dict(K=-1), "K=-1 must be at least 1"),
-    (dict(K="many"), "K='many' must be of type int"),
-    (dict(data="mnistt"), "must be one of digits, mnist"),
-    (dict(model="lenet6"), "must be one of lenet5"),
-    (dict(kind="soft"), "kind='soft' must be one of hard"),
-    (dict(data="mnist", data_root="/nowhere"), "mnist was not found"),
-    (dict(checkpoint="nowhere.safetensors"), "checkpoint='nowhere.safetensors' is no file"),
-    (dict(retrain_images=10**6), "must be from 0 to the number of images"),
-    (dict(target_ratio=0.5), "target_ratio=0.5 must be above 1"),
-])
+@pytest.mark.parametrize(
+    "parameters, message",
+    [
+        (dict(KK=4), "there is no parameter 'KK'; did you mean K?"),
+        (dict(K=-1), "K=-1 must be at least 1"),
+        (dict(K="many"), "K='many' must be of type int"),
+        (dict(data="mnistt"), "must be one of digits, mnist"),
+        (dict(model="lenet6"), "must be one of lenet5"),
+        (dict(kind="soft"), "kind='soft' must be one of hard"),
+        (dict(data="mnist", data_root="/nowhere"), "mnist was not found"),
+        (dict(checkpoint="nowhere.safetensors"), "checkpoint='nowhere.safetensors' is no file"),
+        (dict(retrain_images=10**6), "must be from 0 to the number of images"),
+        (dict(target_ratio=0.5), "target_ratio=0.5 must be above 1"),
+    ],
+)
 def test_nonsense_ends_in_one_line_and_writes_nothing(papermill, tmp_path, monkeypatch, parameters, message):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     if "data_root" in parameters:
@@ -128,7 +168,9 @@ save_file({k: v.contiguous() for k, v in net.state_dict().items()}, sys.argv[2])
 
 
 def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
-    run = lambda name: [sys.executable, "-c", KILLED, str(tmp_path / f"{name}.safetensors"), str(tmp_path / f"{name}.end")]
+    def run(name):
+        return [sys.executable, "-c", KILLED, str(tmp_path / f"{name}.safetensors"), str(tmp_path / f"{name}.end")]
+
     process = subprocess.Popen(run("killed"))
     while not (tmp_path / "killed.safetensors").exists():
         assert process.poll() is None

@@ -1,4 +1,5 @@
 """Models on real batches: what crosses the chapters on models and data."""
+
 import threading
 from collections import OrderedDict
 
@@ -69,7 +70,11 @@ def bytes_of(model):
 
 
 def test_four_threads_that_build_at_once_get_the_weights_of_their_seeds_and_leave_the_global_generator_alone():
-    jobs = [(name, seed) for seed in range(4) for name in ("lenet5", "tt_conv_cnn", "freshnet_cnn", "torchvision:squeezenet1_1")]
+    jobs = [
+        (name, seed)
+        for seed in range(4)
+        for name in ("lenet5", "tt_conv_cnn", "freshnet_cnn", "torchvision:squeezenet1_1")
+    ]
     alone, found, before = {job: bytes_of(build(job[0], seed=job[1])) for job in jobs}, {}, torch.get_rng_state()
 
     def work(mine):
@@ -92,14 +97,30 @@ def test_a_seed_gives_the_weights_that_the_global_generator_gives_after_that_see
     assert torch.equal(build("freshnet_cnn", seed=5).conv1.weight, by_hand.weight)
     with torch.random.fork_rng():
         import torchvision
+
         torch.manual_seed(5)
         by_hand = torchvision.models.mobilenet_v3_small(num_classes=7)
     assert bytes_of(build("torchvision:mobilenet_v3_small", 7, seed=5)) == bytes_of(by_hand)
 
 
-@pytest.mark.parametrize("name", ["regnet_y_400mf", "regnet_x_400mf", "mnasnet0_5", "swin_t", "swin_v2_t", "maxvit_t", "vit_b_16", "efficientnet_b0", "convnext_tiny", "inception_v3"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "regnet_y_400mf",
+        "regnet_x_400mf",
+        "mnasnet0_5",
+        "swin_t",
+        "swin_v2_t",
+        "maxvit_t",
+        "vit_b_16",
+        "efficientnet_b0",
+        "convnext_tiny",
+        "inception_v3",
+    ],
+)
 def test_a_network_of_shapes_alone_has_the_names_and_shapes_of_the_real_one(name):
     import torchvision
+
     with torch.device("meta") if not name.startswith("regnet") else torch.device("cpu"):
         real = torchvision.models.get_model(name, weights=None, num_classes=7)
     shapes = build(f"torchvision:{name}", 7, seed=None)
@@ -116,10 +137,20 @@ STATE = small().state_dict()
 SPARSE = STATE | {"fc.weight": STATE["fc.weight"].to_sparse()}
 
 
-@pytest.mark.parametrize("content, message", [
-    ({}, "'conv.weight' is no such tensor"), ({0: torch.ones(2), 1: torch.ones(3)}, "'conv.weight' is no such tensor"), (torch.ones(3), "no such tensor"), ([1, 2], "no such tensor"),
-    (STATE | {"fc.weight": STATE["fc.weight"].to("meta")}, "'fc.weight' is without values in the file"), (SPARSE, "'fc.weight' is sparse in the file"),
-    (STATE | {"fc.weight": STATE["fc.weight"] + 1j}, "'fc.weight' is complex in the file"), (STATE | {"fc.weight": torch.ones(2, 5)}, "2×5 in the file"), (STATE | {"more": torch.ones(1)}, "'more' is 1 in the file")])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ({}, "'conv.weight' is no such tensor"),
+        ({0: torch.ones(2), 1: torch.ones(3)}, "'conv.weight' is no such tensor"),
+        (torch.ones(3), "no such tensor"),
+        ([1, 2], "no such tensor"),
+        (STATE | {"fc.weight": STATE["fc.weight"].to("meta")}, "'fc.weight' is without values in the file"),
+        (SPARSE, "'fc.weight' is sparse in the file"),
+        (STATE | {"fc.weight": STATE["fc.weight"] + 1j}, "'fc.weight' is complex in the file"),
+        (STATE | {"fc.weight": torch.ones(2, 5)}, "2×5 in the file"),
+        (STATE | {"more": torch.ones(1)}, "'more' is 1 in the file"),
+    ],
+)
 def test_a_file_that_does_not_fit_is_one_line_and_leaves_the_network_as_it_was(content, message, tmp_path):
     net = small().double()
     before = bytes_of(net)
@@ -129,24 +160,45 @@ def test_a_file_that_does_not_fit_is_one_line_and_leaves_the_network_as_it_was(c
     assert "\n" not in str(error.value) and bytes_of(net) == before
 
 
-@pytest.mark.parametrize("content, message", [(b"", "neither torch nor safetensors wrote it"), (b"conv.weight 1 2 3", "neither torch nor safetensors wrote it"), (b"PK\x03\x04 nonsense", "damaged"),
-                                              (b"\x80\x02 nonsense", "damaged"), (b"\xff" * 8 + b"{", "damaged")])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "neither torch nor safetensors wrote it"),
+        (b"conv.weight 1 2 3", "neither torch nor safetensors wrote it"),
+        (b"PK\x03\x04 nonsense", "damaged"),
+        (b"\x80\x02 nonsense", "damaged"),
+        (b"\xff" * 8 + b"{", "damaged"),
+    ],
+)
 def test_a_file_that_cannot_be_read_is_one_plain_line(content, message, tmp_path):
     (tmp_path / "net.pt").write_bytes(content)
-    with pytest.raises(ValueError, match=f"neither safetensors nor a state dict that loads with weights_only: .*{message}") as error:
+    with pytest.raises(
+        ValueError, match=f"neither safetensors nor a state dict that loads with weights_only: .*{message}"
+    ) as error:
         load_weights(small(), tmp_path / "net.pt")
     assert str(error.value).isprintable() and len(str(error.value)) < 400
 
 
 def test_a_pickled_network_is_told_from_a_state_dict(tmp_path):
     torch.save(small(), tmp_path / "net.pt")
-    with pytest.raises(ValueError, match="weights_only: it holds Python objects, such as a whole network; save its state_dict()"):
+    with pytest.raises(
+        ValueError, match="weights_only: it holds Python objects, such as a whole network; save its state_dict()"
+    ):
         load_weights(small(), tmp_path / "net.pt")
 
 
-@pytest.mark.parametrize("wrap", [lambda s: {"state_dict": s}, lambda s: {"model": s, "optimizer": {"state": {0: {"momentum": torch.ones(3)}}}, "epoch": 3}, lambda s: {"net": s}, lambda s: {f"module.{k}": v for k, v in s.items()},
-                                  lambda s: {f"_orig_mod.{k}": v for k, v in s.items()}, lambda s: {"model": {f"_orig_mod.module.{k}": v for k, v in s.items()}, "acc": 1.0},
-                                  lambda s: {f"module.{k}": v for k, v in s.items()} | {"n_averaged": torch.tensor(4)}])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda s: {"state_dict": s},
+        lambda s: {"model": s, "optimizer": {"state": {0: {"momentum": torch.ones(3)}}}, "epoch": 3},
+        lambda s: {"net": s},
+        lambda s: {f"module.{k}": v for k, v in s.items()},
+        lambda s: {f"_orig_mod.{k}": v for k, v in s.items()},
+        lambda s: {"model": {f"_orig_mod.module.{k}": v for k, v in s.items()}, "acc": 1.0},
+        lambda s: {f"module.{k}": v for k, v in s.items()} | {"n_averaged": torch.tensor(4)},
+    ],
+)
 def test_checkpoints_as_trainings_leave_them_are_read(wrap, tmp_path):
     source, net = small(), small()
     for t in source.state_dict().values():
@@ -185,6 +237,7 @@ def test_the_versions_that_modules_note_beside_their_weights_are_kept(wrapper, t
 @pytest.mark.parametrize("write", ["safetensors", "torch"])
 def test_mnasnet_is_loaded(write, tmp_path):
     from safetensors.torch import save_file
+
     net, other = (build("torchvision:mnasnet0_5", 7, seed=seed) for seed in (1, 2))
     (torch.save if write == "torch" else save_file)(net.state_dict(), tmp_path / "net")
     assert bytes_of(load_weights(other, tmp_path / "net")) == bytes_of(net)

@@ -1,4 +1,5 @@
 """What holds the repository together: exported modules, notebooks, wheel, environments, README."""
+
 import ast
 import csv
 import json
@@ -27,7 +28,9 @@ def test_modules_are_what_the_notebooks_export(root, tmp_path):
         (shutil.copytree if (root / name).is_dir() else shutil.copy)(root / name, tmp_path / name)
     env = {k: v for k, v in os.environ.items() if k != "IN_TEST"}
     subprocess.run([Path(sys.executable).parent / "nbdev_export"], cwd=tmp_path, env=env, check=True)
-    exported, committed = ({p.relative_to(base): p.read_text() for p in (base / "deepkmeans").rglob("*.py")} for base in (tmp_path, root))
+    exported, committed = (
+        {p.relative_to(base): p.read_text() for p in (base / "deepkmeans").rglob("*.py")} for base in (tmp_path, root)
+    )
     assert exported.keys() == committed.keys()
     exported.pop(Path("deepkmeans/baselines/__init__.py"))  # nbdev makes an empty one where there is none
     assert [name for name in exported if exported[name] != committed[name]] == []
@@ -37,7 +40,8 @@ def test_cells_have_fixed_meaningful_ids(root):
     for path in notebooks(root):
         ids = [c["id"] for c in cells(path) + cells(path, "markdown")]
         assert len(set(ids)) == len(ids) and all(re.fullmatch(r"[a-z][a-z0-9-]*", i) for i in ids), path.name
-        assert not [c["id"] for c in cells(path, "markdown") if "\\n\\n" in "".join(c["source"])], path.name  # line breaks, and not their escapes
+        escaped = [c["id"] for c in cells(path, "markdown") if "\\n\\n" in "".join(c["source"])]
+        assert not escaped, path.name  # line breaks, and not their escapes
 
 
 def test_imports_stand_in_cells_of_their_own(root):
@@ -46,12 +50,26 @@ def test_imports_stand_in_cells_of_their_own(root):
     for path in notebooks(root):
         for cell in cells(path):
             body = [] if "#| export" in "".join(cell["source"]) else ast.parse("".join(cell["source"])).body
-            imports = any(isinstance(node, (ast.Import, ast.ImportFrom)) for statement in body for node in ast.walk(statement))
+            imports = any(
+                isinstance(node, (ast.Import, ast.ImportFrom)) for statement in body for node in ast.walk(statement)
+            )
             assert not imports or all(isinstance(statement, harmless) for statement in body), (path.name, cell["id"])
 
 
+def test_no_conditional_expression_is_a_part_of_another(root):  # which ruff has no rule for
+    sources = [((p, c["id"]), "".join(c["source"])) for p in notebooks(root) for c in cells(p)]
+    sources += [(p, p.read_text()) for folder in ("tests", "docs") for p in (root / folder).glob("*.py")]
+    found = [(place, n) for place, text in sources for n in ast.walk(ast.parse(text)) if isinstance(n, ast.IfExp)]
+    nested = [(place, ast.unparse(n)) for place, n in found if ast.IfExp in map(type, (n.test, n.body, n.orelse))]
+    assert not nested
+
+
 def test_parameterized_notebooks_have_one_parameters_cell(root):
-    for path in [root / "nbs" / "retrain.ipynb", root / "nbs" / "one_layer.ipynb", *(root / "nbs" / "paper").glob("*.ipynb")]:
+    for path in [
+        root / "nbs" / "retrain.ipynb",
+        root / "nbs" / "one_layer.ipynb",
+        *(root / "nbs" / "paper").glob("*.ipynb"),
+    ]:
         assert sum("parameters" in c["metadata"].get("tags", []) for c in cells(path)) == 1, path.name
 
 
@@ -67,32 +85,59 @@ import sys, time, torch
 start = time.perf_counter()
 import deepkmeans
 print(time.perf_counter() - start)
-heavy = {"IPython", "nbdev", "fastcore", "execnb", "papermill", "jupyter_client", "matplotlib", "seaborn", "pandas", "faiss", "pykeops", "torchvision"}
-print(*sorted(heavy & set(sys.modules)))
+tools = {"IPython", "nbdev", "fastcore", "execnb", "papermill", "jupyter_client"}
+libraries = {"matplotlib", "seaborn", "pandas", "faiss", "pykeops", "torchvision"}
+print(*sorted((tools | libraries) & set(sys.modules)))
 assert deepkmeans.kmeans and deepkmeans.share and deepkmeans.Regularizer and deepkmeans.compression
 """
 
 
 def test_import_is_quick_and_needs_no_notebook_tool(tmp_path):
-    seconds, *heavy = subprocess.run([sys.executable, "-c", IMPORT], cwd=tmp_path, capture_output=True, text=True, check=True).stdout.split()
+    seconds, *heavy = subprocess.run(
+        [sys.executable, "-c", IMPORT], cwd=tmp_path, capture_output=True, text=True, check=True
+    ).stdout.split()
     assert heavy == [] and float(seconds) < 3
 
 
 def test_wheel_holds_the_package_and_runs_from_anywhere(root, tmp_path):
     for name in ("deepkmeans", "pyproject.toml", "README.md", "LICENSE"):
         (shutil.copytree if (root / name).is_dir() else shutil.copy)(root / name, tmp_path / name)
-    subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path / "dist", tmp_path], check=True)
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "-q",
+            "--no-deps",
+            "--no-build-isolation",
+            "-w",
+            tmp_path / "dist",
+            tmp_path,
+        ],
+        check=True,
+    )
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     with zipfile.ZipFile(wheel) as file:
-        assert {name.split("/")[0] for name in file.namelist()} == {"deepkmeans", wheel.name.split("-py3")[0] + ".dist-info"}
+        assert {name.split("/")[0] for name in file.namelist()} == {
+            "deepkmeans",
+            wheel.name.split("-py3")[0] + ".dist-info",
+        }
         file.extractall(tmp_path / "site")
     code = """
 import deepkmeans, torch
 from deepkmeans.baselines import car, dkm, hashing, lowrank, sws, tensor_train
-print(deepkmeans.__file__, car.__file__, deepkmeans.to_rows(torch.zeros(2, 1, 3, 3)).shape, len(deepkmeans.paper_numbers('table3')))
+rows = deepkmeans.to_rows(torch.zeros(2, 1, 3, 3))
+print(deepkmeans.__file__, car.__file__, rows.shape, len(deepkmeans.paper_numbers('table3')))
 """
-    done = subprocess.run([sys.executable, "-P", "-c", code] if sys.version_info >= (3, 11) else [sys.executable, "-c", code],
-                          cwd=tmp_path / "dist", env={**os.environ, "PYTHONPATH": str(tmp_path / "site")}, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code] if sys.version_info >= (3, 11) else [sys.executable, "-c", code],
+        cwd=tmp_path / "dist",
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert str(tmp_path / "site") in done.stdout
 
 
@@ -102,7 +147,9 @@ def test_environment_and_pyproject_agree(root):
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     (everything,) = extras["all"]
-    wanted = set(project["dependencies"]) | {r for name in re.search(r"\[(.*)\]", everything)[1].split(",") for r in extras[name]}
+    wanted = set(project["dependencies"]) | {
+        r for name in re.search(r"\[(.*)\]", everything)[1].split(",") for r in extras[name]
+    }
     listed = yaml.safe_load((root / "environment.yml").read_text())["dependencies"]
     conda = {"pytorch": "torch", "matplotlib-base": "matplotlib", "python-build": "build"}
     have = [r for r in listed if isinstance(r, str)] + [r for d in listed if isinstance(d, dict) for r in d["pip"]]
@@ -117,9 +164,18 @@ def readme_blocks(root, language):
 def test_readme_python_prints_what_it_says(root, tmp_path):
     (code,) = readme_blocks(root, "python")
     (said,) = readme_blocks(root, "text")
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr[-2000:]
-    numbers = lambda text: [float(x) for x in re.findall(r"\d+\.\d+", text)]
+
+    def numbers(text):
+        return [float(x) for x in re.findall(r"\d+\.\d+", text)]
+
     assert re.sub(r"\d+\.\d+", "#", done.stdout.strip()) == re.sub(r"\d+\.\d+", "#", said.strip())
     assert all(abs(a - b) < 3 for a, b in zip(numbers(done.stdout), numbers(said), strict=True)), done.stdout
 
@@ -135,18 +191,40 @@ def test_readme_tells_lenet_as_it_was_measured(root):
 def test_nothing_tracked_names_a_machine(root):
     if not (root / ".git").exists():
         pytest.skip("not a git checkout")
-    found = subprocess.run(["git", "grep", "-nIE", r"(^|[^a-zA-Z0-9_.~-])/(home|root|tmp|work|Users)/[a-zA-Z.]", "--", ".", ":!tests/test_package.py"], cwd=root,
-                           capture_output=True, text=True).stdout
+    found = subprocess.run(
+        [
+            "git",
+            "grep",
+            "-nIE",
+            r"(^|[^a-zA-Z0-9_.~-])/(home|root|tmp|work|Users)/[a-zA-Z.]",
+            "--",
+            ".",
+            ":!tests/test_package.py",
+        ],
+        cwd=root,
+        capture_output=True,
+        text=True,
+    ).stdout
     assert found == ""
 
 
 def test_wheel_and_sdist_pass_twine_and_the_sdist_holds_the_notebooks(root, tmp_path):
     pytest.importorskip("build")
-    ignored = shutil.ignore_patterns(".git", ".venv", "runs", "_build", "*.egg-info", "__pycache__", "build", "dist", ".data", ".hypothesis")
+    ignored = shutil.ignore_patterns(
+        ".git", ".venv", "runs", "_build", "*.egg-info", "__pycache__", "build", "dist", ".data", ".hypothesis"
+    )
     shutil.copytree(root, tmp_path / "repo", ignore=ignored)
-    subprocess.run([sys.executable, "-m", "build", "--no-isolation", "-o", tmp_path / "dist", tmp_path / "repo"], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-m", "build", "--no-isolation", "-o", tmp_path / "dist", tmp_path / "repo"],
+        check=True,
+        capture_output=True,
+    )
     built = sorted((tmp_path / "dist").iterdir())
     subprocess.run([sys.executable, "-m", "twine", "check", "--strict", *built], check=True)
     with tarfile.open(built[-1] if built[-1].name.endswith(".gz") else built[0]) as file:
         held = {name.partition("/")[2] for name in file.getnames()}
-    assert {p.relative_to(root).as_posix() for p in notebooks(root)} | {"settings.ini", "Makefile", "docs/build.py"} <= held
+    assert {p.relative_to(root).as_posix() for p in notebooks(root)} | {
+        "settings.ini",
+        "Makefile",
+        "docs/build.py",
+    } <= held

@@ -1,4 +1,5 @@
 """To open a compressed file takes five packages and no more."""
+
 import os
 import re
 import subprocess
@@ -37,11 +38,18 @@ def test_a_file_opens_and_runs_without_the_other_dependencies(root, tmp_path):
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     names = {re.match(r"[\w-]+", wanted)[0] for wanted in project["dependencies"]}
     missing = {MODULES.get(name, name) for name in names - READER}
-    assert READER < names and {"sklearn", "numba", "faiss", "pandas", "pyarrow", "torchvision", "seaborn", "matplotlib"} < missing
+    assert (
+        READER < names
+        and {"sklearn", "numba", "faiss", "pandas", "pyarrow", "torchvision", "seaborn", "matplotlib"} < missing
+    )
     x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     torch.save(x, tmp_path / "x.pt")
-    done = subprocess.run([sys.executable, "-c", CODE, ",".join(missing), root / FILE, tmp_path / "x.pt", tmp_path / "y.pt"], capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, ",".join(missing), root / FILE, tmp_path / "x.pt", tmp_path / "y.pt"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     size, tensors = map(int, done.stdout.split())
     assert size == (root / FILE).stat().st_size and tensors > 16

@@ -1,4 +1,5 @@
-"""Hard assignments in the loops that users write: any optimizer, frozen layers, other dtypes and devices, interrupted runs."""
+"""Hard assignments in the loops that users write: any optimizer, frozen layers, dtypes, devices, interrupted runs."""
+
 import copy
 
 import pytest
@@ -89,7 +90,11 @@ def test_a_frozen_layer_is_shared_and_then_stays_as_it_is():
     for i in range(30):
         a_step(net, optimizer, i)
         regularizer.step((i + 1) / 30)
-    assert torch.equal(net[0].weight, frozen) and torch.equal(regularizer.codes()["0"], codes) and distinct_rows(net, "2") == 4
+    assert (
+        torch.equal(net[0].weight, frozen)
+        and torch.equal(regularizer.codes()["0"], codes)
+        and distinct_rows(net, "2") == 4
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -111,7 +116,8 @@ def test_small_steps_are_not_lost_in_a_network_of_16_bits():
     regularizer = dk.Regularizer(net, {"0": LayerPlan(k=2)})
     for _ in range(8):
         with torch.no_grad():
-            net[0].weight += torch.tensor([2**-7, 2**-7, 0, 0], dtype=torch.bfloat16).view(4, 1, 1, 1)  # the last bit at 1
+            last_bit = torch.tensor([2**-7, 2**-7, 0, 0], dtype=torch.bfloat16)  # at 1
+            net[0].weight += last_bit.view(4, 1, 1, 1)
         regularizer.step(0.9)
     assert net[0].weight.flatten().tolist() == [1 + 8 * 2**-7] * 2 + [3, 3]
 
@@ -185,7 +191,10 @@ def test_all_codes_together_keep_to_a_wanted_number_of_bits():
     start = sum(row["index_bits"] + row["codebook_bits"] for row in dk.compression(wr, coding="entropy").rows)
     for wanted in (0.9 * start, 1.0 * start):
         trained = copy.deepcopy(net)
-        regularizer, optimizer = dk.Regularizer(trained, plan, bits=wanted), OPTIMIZERS["momentum"](trained.parameters())
+        regularizer, optimizer = (
+            dk.Regularizer(trained, plan, bits=wanted),
+            OPTIMIZERS["momentum"](trained.parameters()),
+        )
         for i in range(60):
             a_step(trained, optimizer, i)
             regularizer.step((i + 1) / 60)
@@ -197,7 +206,21 @@ def test_all_codes_together_keep_to_a_wanted_number_of_bits():
 class Count(TorchDispatchMode):
     """Operations that compute: what would be launches on a GPU, views and bookkeeping left out."""
 
-    VIEWS = ("view", "detach", "alias", "slice", "select", "expand", "unsqueeze", "squeeze", "t.", "transpose", "split", "reshape", "as_strided")
+    VIEWS = (
+        "view",
+        "detach",
+        "alias",
+        "slice",
+        "select",
+        "expand",
+        "unsqueeze",
+        "squeeze",
+        "t.",
+        "transpose",
+        "split",
+        "reshape",
+        "as_strided",
+    )
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,5 @@
 """What may befall a shared network and one that is to be shared: averaging, casting, 16 bits, pruning, ties."""
+
 import copy
 from functools import cache
 
@@ -32,7 +33,10 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("averaging", [dict(avg_fn=lambda a, b, n: 0.9999 * a + 0.0001 * b), dict(multi_avg_fn=get_ema_multi_avg_fn(0.9999)), {}])
+@pytest.mark.parametrize(
+    "averaging",
+    [dict(avg_fn=lambda a, b, n: 0.9999 * a + 0.0001 * b), dict(multi_avg_fn=get_ema_multi_avg_fn(0.9999)), {}],
+)
 @pytest.mark.parametrize("use_buffers", [True, False])
 def test_codes_and_counts_survive_a_moving_average(averaging, use_buffers):
     net = shared()
@@ -60,22 +64,43 @@ def test_a_state_dict_that_was_averaged_elsewhere_is_rounded_or_refused():
     assert same(codes(net), codes(shared()))
     other = copy.deepcopy(net)
     shared_layers(other)["0"].codes.copy_(63 - codes(net)["0"])
-    for wrong, reason in (({name: t.to(state[name]) for name, t in mean.items()}, "counts"),
-                          ({name: (t + u) / 2 for (name, t), u in zip(state.items(), other.state_dict().values())}, "whole numbers|counts"),
-                          (state | {"0.parametrizations.weight.0.codes": state["0.parametrizations.weight.0.codes"][1:]}, "3071"),
-                          (state | {"0.parametrizations.weight.0.codes": state["0.parametrizations.weight.0.codes"] - 1}, "whole numbers")):
+    for wrong, reason in (
+        ({name: t.to(state[name]) for name, t in mean.items()}, "counts"),
+        (
+            {name: (t + u) / 2 for (name, t), u in zip(state.items(), other.state_dict().values())},
+            "whole numbers|counts",
+        ),
+        (state | {"0.parametrizations.weight.0.codes": state["0.parametrizations.weight.0.codes"][1:]}, "3071"),
+        (
+            state | {"0.parametrizations.weight.0.codes": state["0.parametrizations.weight.0.codes"] - 1},
+            "whole numbers",
+        ),
+    ):
         with pytest.raises(RuntimeError, match=reason):
             net.load_state_dict(wrong)
         assert same(codes(net), codes(shared()))
 
 
-@pytest.mark.parametrize("cast", [lambda n: n.half(), lambda n: n.bfloat16(), lambda n: n.double(), lambda n: n.type(torch.float64), lambda n: n.to(torch.float16)])
+@pytest.mark.parametrize(
+    "cast",
+    [
+        lambda n: n.half(),
+        lambda n: n.bfloat16(),
+        lambda n: n.double(),
+        lambda n: n.type(torch.float64),
+        lambda n: n.to(torch.float16),
+    ],
+)
 def test_a_cast_network_keeps_its_codes_and_computes_with_them(cast):
     net, many = shared(), shared(k=2200)
     for one in (net, many):
         before, whole = one[0].weight.detach().clone(), codes(one)
         cast(one)
-        assert same(codes(one), whole) and torch.equal(one[0].weight, before.to(one[0].weight.dtype)) and one[0].weight.dtype != torch.float32
+        assert (
+            same(codes(one), whole)
+            and torch.equal(one[0].weight, before.to(one[0].weight.dtype))
+            and one[0].weight.dtype != torch.float32
+        )
 
 
 def test_a_file_of_half_a_state_dict_loads_and_one_that_lost_codes_does_not():
@@ -88,7 +113,11 @@ def test_a_file_of_half_a_state_dict_loads_and_one_that_lost_codes_does_not():
 
 def test_the_state_dict_names_what_it_always_named_and_is_complete():
     net = shared()
-    assert {"0.parametrizations.weight.original", "0.parametrizations.weight.0.codes", "0.parametrizations.weight.0.counts"} <= set(net.state_dict())
+    assert {
+        "0.parametrizations.weight.original",
+        "0.parametrizations.weight.0.codes",
+        "0.parametrizations.weight.0.counts",
+    } <= set(net.state_dict())
     with pytest.raises(RuntimeError, match="Missing key.*codes"):
         net.load_state_dict({name: t for name, t in net.state_dict().items() if not name.endswith("codes")})
     with pytest.raises(RuntimeError, match="rows"):
@@ -109,7 +138,9 @@ def test_the_codebook_s_gradient_is_the_mean_of_its_rows_in_every_precision(dtyp
     layer, gradient = shared_layers(net)["0"], net[0].parametrizations.weight.original.grad
     rows = factor.to(dtype).double().view(-1, 1)
     means = torch.stack([rows[layer.codes == j].mean(0) for j in range(k)])
-    torch.testing.assert_close(gradient.double(), means, rtol=2 * torch.finfo(dtype).eps if dtype.itemsize == 2 else 1e-5, atol=0)
+    torch.testing.assert_close(
+        gradient.double(), means, rtol=2 * torch.finfo(dtype).eps if dtype.itemsize == 2 else 1e-5, atol=0
+    )
 
 
 def two():
@@ -129,10 +160,21 @@ def nan(layer):
     layer.weight.data[0, 0, 0, 0] = float("nan")
 
 
-@pytest.mark.parametrize("damage, reason", [
-    (lambda layer: prune.l1_unstructured(layer, "weight", 0.5), "weight_orig, weight_mask before each call; call prune.remove"), (lambda layer: weight_norm(layer), "weight_g, weight_v before"),
-    (lambda layer: spectral_norm(layer), "weight_orig"), (parametrized, "WeightNorm computes; call parametrize.remove_parametrizations"), (complex_, "complex64"), (nan, "NaN"),
-    (lambda layer: layer.to("meta"), "without values")])
+@pytest.mark.parametrize(
+    "damage, reason",
+    [
+        (
+            lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+            "weight_orig, weight_mask before each call; call prune.remove",
+        ),
+        (lambda layer: weight_norm(layer), "weight_g, weight_v before"),
+        (lambda layer: spectral_norm(layer), "weight_orig"),
+        (parametrized, "WeightNorm computes; call parametrize.remove_parametrizations"),
+        (complex_, "complex64"),
+        (nan, "NaN"),
+        (lambda layer: layer.to("meta"), "without values"),
+    ],
+)
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_a_layer_that_cannot_be_shared_leaves_all_others_dense(damage, reason):
     net = two()
@@ -163,8 +205,12 @@ def test_an_error_half_way_gives_the_dense_weights_and_gradients_back():
     plan, y = dk.make_plan(net, k=4), net(x)
     layers = {name: net.get_submodule(name) for name in plan}
     with pytest.raises(Exception):
-        share_layers(layers, {name: dk.kmeans(dk.to_rows(m.weight.detach()), 4) for name, m in layers.items()}, plan, Breaks)
-    assert torch.equal(net(x), y) and all(a is p and torch.equal(p, v) and torch.equal(p.grad, g) for a, (p, v, g) in zip(net.parameters(), before))
+        share_layers(
+            layers, {name: dk.kmeans(dk.to_rows(m.weight.detach()), 4) for name, m in layers.items()}, plan, Breaks
+        )
+    assert torch.equal(net(x), y) and all(
+        a is p and torch.equal(p, v) and torch.equal(p.grad, g) for a, (p, v, g) in zip(net.parameters(), before)
+    )
 
 
 def test_sharing_drops_gradients_of_the_old_shape():
@@ -177,7 +223,9 @@ def test_sharing_drops_gradients_of_the_old_shape():
 
 def tied(how):
     net = nn.ModuleDict(dict(embedding=nn.Embedding(50, 8), head=nn.Linear(8, 50, bias=False)))
-    net["head"].weight = net["embedding"].weight if how == "one parameter" else nn.Parameter(net["embedding"].weight.data)
+    net["head"].weight = (
+        net["embedding"].weight if how == "one parameter" else nn.Parameter(net["embedding"].weight.data)
+    )
     return net
 
 
@@ -197,10 +245,24 @@ def test_a_layer_that_is_called_by_two_names_is_no_tie():
 
 
 def test_every_weight_that_stays_dense_is_told_with_its_reason():
-    net = nn.ModuleDict(dict(conv=nn.Conv2d(3, 8, 3), up=nn.ConvTranspose2d(8, 4, 3), words=nn.Embedding(10, 8), attention=nn.MultiheadAttention(8, 2), norm=nn.LayerNorm(8), fc=nn.Linear(8, 4)))
+    net = nn.ModuleDict(
+        dict(
+            conv=nn.Conv2d(3, 8, 3),
+            up=nn.ConvTranspose2d(8, 4, 3),
+            words=nn.Embedding(10, 8),
+            attention=nn.MultiheadAttention(8, 2),
+            norm=nn.LayerNorm(8),
+            fc=nn.Linear(8, 4),
+        )
+    )
     plan = dk.make_plan(net, k=4, exclude="con*")
-    assert list(plan) == ["up"] and plan.skipped == {"conv": "excluded by 'con*'", "words": "Embedding is not included", "attention": "MultiheadAttention is not included",
-                                                     "attention.out_proj": "NonDynamicallyQuantizableLinear is not included", "fc": "Linear is not included"}
+    assert list(plan) == ["up"] and plan.skipped == {
+        "conv": "excluded by 'con*'",
+        "words": "Embedding is not included",
+        "attention": "MultiheadAttention is not included",
+        "attention.out_proj": "NonDynamicallyQuantizableLinear is not included",
+        "fc": "Linear is not included",
+    }
     report = dk.share(net, plan)
     assert report.skipped == plan.skipped and "not shared: conv (excluded by 'con*')" in str(report)
     assert set(dk.share(net, {}).skipped) == {"conv", "words", "attention", "attention.out_proj", "fc"}
@@ -209,7 +271,11 @@ def test_every_weight_that_stays_dense_is_told_with_its_reason():
 def test_an_empty_plan_is_reported_and_printed():
     net = two()
     report = dk.share(net, {})
-    assert str(report).startswith("no layer was shared\nnot shared: 0 (not in the plan)") and len(report.layers) == 0 and report.capped == []
+    assert (
+        str(report).startswith("no layer was shared\nnot shared: 0 (not in the plan)")
+        and len(report.layers) == 0
+        and report.capped == []
+    )
 
 
 @pytest.mark.parametrize("layout", ["scalar", "row", "kernel", "filter"])
@@ -219,14 +285,27 @@ def test_a_transposed_convolution_is_shared_in_every_layout(layout, groups):
     net = nn.Sequential(nn.ConvTranspose2d(8, 6, (3, 2), stride=2, groups=groups))
     dense = net[0].weight.detach().clone()
     dk.share(net, dk.make_plan(net, k=5, layout=layout))
-    rows = {"scalar": dense.reshape(-1, 1), "row": dense.reshape(-1, 2), "kernel": dense.reshape(-1, 6), "filter": dense.reshape(8, -1)}[layout]
+    rows = {
+        "scalar": dense.reshape(-1, 1),
+        "row": dense.reshape(-1, 2),
+        "kernel": dense.reshape(-1, 6),
+        "filter": dense.reshape(8, -1),
+    }[layout]
     layer = shared_layers(net)["0"]
     centres = torch.stack([rows[layer.codes == j].mean(0) for j in range(5)])
     torch.testing.assert_close(net[0].weight, centres[layer.codes.long()].reshape(dense.shape))
-    assert dk.compression(net, coding="fixed").layers.k.tolist() == [5] and net(torch.randn(1, 8, 4, 4)).shape == (1, 6, 9, 8)
+    assert dk.compression(net, coding="fixed").layers.k.tolist() == [5] and net(torch.randn(1, 8, 4, 4)).shape == (
+        1,
+        6,
+        9,
+        8,
+    )
 
 
-@pytest.mark.parametrize("overrides, wanted", [({"*": 7}, [7, 7]), ({"2": 5}, [4, 5]), ({"2": 5, "*": 7}, [7, 5]), ({"*": 7, "[2-9]": 6}, [7, 6])])
+@pytest.mark.parametrize(
+    "overrides, wanted",
+    [({"*": 7}, [7, 7]), ({"2": 5}, [4, 5]), ({"2": 5, "*": 7}, [7, 5]), ({"*": 7, "[2-9]": 6}, [7, 6])],
+)
 def test_overrides_take_names_and_patterns(overrides, wanted):
     plan = dk.make_plan(two(), k=4, overrides={name: dk.LayerPlan(k=k) for name, k in overrides.items()})
     assert [p.k for p in plan.values()] == wanted
@@ -240,6 +319,8 @@ def test_an_override_that_matches_nothing_is_an_error(overrides):
 
 def test_a_float64_layer_is_clustered_as_float64():
     net = nn.Sequential(nn.Linear(50, 3)).double()
-    net[0].weight.data = 1.7e9 + torch.arange(3).repeat_interleave(50).view(3, 50).double() * 30 + torch.rand(3, 50, dtype=torch.float64)
+    net[0].weight.data = (
+        1.7e9 + torch.arange(3).repeat_interleave(50).view(3, 50).double() * 30 + torch.rand(3, 50, dtype=torch.float64)
+    )
     dk.share(net, dk.make_plan(net, k=3, include=nn.Linear))
     assert sorted(shared_layers(net)["0"].counts.tolist()) == [50, 50, 50]

@@ -2,6 +2,7 @@
 
 The oracles are the records as json reads them and the sizes that the file system tells.
 """
+
 import json
 import os
 import shutil
@@ -48,9 +49,16 @@ def test_list_tells_of_each_file_what_its_record_and_the_file_system_say(root, c
             path, record = file(root, protocol, plan), oracle(root, protocol, plan)
             card, line = cards[path], next(line for line in text.splitlines() if record["id"] in line)
             shared, data = record["stages"]["shared"], record["dataset"]
-            said = dict(network=record["parameters"]["model"], data=data["name"], top1=shared["top1"],
-                        images=data["test"], bytes=os.stat(path).st_size, ratio=shared["ratio"]["network"]["file"],
-                        record=record["id"], licence="Apache-2.0")
+            said = dict(
+                network=record["parameters"]["model"],
+                data=data["name"],
+                top1=shared["top1"],
+                images=data["test"],
+                bytes=os.stat(path).st_size,
+                ratio=shared["ratio"]["network"]["file"],
+                record=record["id"],
+                licence="Apache-2.0",
+            )
             assert {name: card[name] for name in said} == said
             assert card["name"] == (plan if protocol == "full" else f"figures/{path.name}") == line.split()[0]
             shown = f"{said['top1']:.2f} % of {said['images']:,}", f" {said['bytes']:,} ", f" {said['ratio']:.2f} "
@@ -158,8 +166,12 @@ def small(measured, tmp_path, monkeypatch):
 
     def made(more=0, fingerprint=data.fingerprint, kib=size / 1024):  # → images that are right, images
         shared = dict(top1=100 * (right + more) / len(data.test), kib=kib, ratio=dict(network=dict(file=2.0)))
-        record = dict(id="0123456789ab", parameters=dict(model="lenet5", plan_name="tiny"), stages=dict(shared=shared),
-                      dataset=dict(name="digits", fingerprint=fingerprint, test=len(data.test)))
+        record = dict(
+            id="0123456789ab",
+            parameters=dict(model="lenet5", plan_name="tiny"),
+            stages=dict(shared=shared),
+            dataset=dict(name="digits", fingerprint=fingerprint, test=len(data.test)),
+        )
         other = record | dict(id="another", stages=dict(shared=shared | dict(kib=kib + 1)))  # of another size
         lines = (json.dumps(r) + "\n" for r in (other, record))
         path.with_name("table9_digits_full.jsonl").write_text("".join(lines))

@@ -1,4 +1,5 @@
-"""The recipes of nbs/tutorials/your_trainer.ipynb that need several processes or another library, against a plain loop in one process."""
+"""Recipes of nbs/tutorials/your_trainer.ipynb that need several processes or a library, against a plain loop."""
+
 import copy
 import json
 import os
@@ -8,7 +9,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import deepkmeans as dk
 
@@ -57,13 +58,19 @@ for step in range(20):
     F.cross_entropy(wrapped(x[rank::2]), y[rank::2]).backward()
     optimizer.step()
     regularizer.step((step + 1) / 20)
-save_file({**net.state_dict(), **{f"codes.{name}": codes for name, codes in regularizer.codes().items()}}, f"{folder}/{rank}")
+codes = {f"codes.{name}": codes for name, codes in regularizer.codes().items()}
+save_file({**net.state_dict(), **codes}, f"{folder}/{rank}")
 dist.destroy_process_group()
 """
 
 
 def test_two_processes_do_what_one_does(tmp_path):
-    workers = [subprocess.Popen([sys.executable, "-c", WORKER, str(rank), str(tmp_path)], env={**os.environ, "OMP_NUM_THREADS": "1"}) for rank in range(2)]
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(rank), str(tmp_path)], env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        for rank in range(2)
+    ]
     assert [worker.wait(timeout=1200) for worker in workers] == [0, 0]
     one, two = (load_file(tmp_path / str(rank)) for rank in range(2))
     assert all(torch.equal(one[name], two[name]) for name in one)
@@ -77,11 +84,16 @@ def test_two_processes_do_what_one_does(tmp_path):
 @pytest.fixture
 def page(root):
     """What the page's cells of these names define."""
+
     def run(*ids, **names):
-        sources = {c["id"]: "".join(c["source"]) for c in json.loads((root / "nbs" / "tutorials" / "your_trainer.ipynb").read_text())["cells"]}
+        sources = {
+            c["id"]: "".join(c["source"])
+            for c in json.loads((root / "nbs" / "tutorials" / "your_trainer.ipynb").read_text())["cells"]
+        }
         for name in ("imports", *ids):
             exec(sources[name], names)
         return names
+
     return run
 
 
@@ -92,24 +104,36 @@ def test_lightning_does_what_a_plain_loop_does(page, capsys):
     names = page("lightning", "lightning-run", dense=net, plan=plan, loader=loader, epochs=2, result=lambda *_: "")
     regularizer = dk.Regularizer(net, plan)
     trainer = names["with_lightning"](net, regularizer, accumulate_grad_batches=2)
-    codes = plain(other, plan, list(loader), 2, torch.optim.SGD(other.parameters(), lr=0.02, momentum=0.9), accumulate=2)
+    codes = plain(
+        other, plan, list(loader), 2, torch.optim.SGD(other.parameters(), lr=0.02, momentum=0.9), accumulate=2
+    )
     assert trainer.global_step == 10 and all(torch.equal(regularizer.codes()[name], codes[name]) for name in codes)
     torch.testing.assert_close(net.state_dict(), other.state_dict())
 
 
 def test_lightning_resumes_from_its_checkpoint(page, tmp_path):
     lightning = pytest.importorskip("lightning.pytorch")
-    loader, ends = dk.loaders(dk.subset(dk.load("digits"), train=640), 64)[0], []
+    loader = dk.loaders(dk.subset(dk.load("digits"), train=640), 64)[0]
     net, plan = start()
     names = page("lightning", "lightning-run", dense=net, plan=plan, loader=loader, epochs=2, result=lambda *_: "")
 
     def fit(resume=None, save=None):
         net, plan = start()
         callback = names["LightningHardAssignments"](dk.Regularizer(net, plan))
-        trainer = lightning.Trainer(max_epochs=2, callbacks=[callback], accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-                                    enable_model_summary=False, limit_train_batches=10)
+        trainer = lightning.Trainer(
+            max_epochs=2,
+            callbacks=[callback],
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            limit_train_batches=10,
+        )
         if save:
-            callback.on_train_epoch_end = lambda trainer, module: trainer.current_epoch == 0 and trainer.save_checkpoint(save)
+            callback.on_train_epoch_end = lambda trainer, module: (
+                trainer.current_epoch == 0 and trainer.save_checkpoint(save)
+            )
         trainer.fit(names["Classifier"](net), loader, ckpt_path=resume)
         return net.state_dict()
 
@@ -122,9 +146,13 @@ def test_hugging_face_steps_once_for_each_step_of_the_optimizer(page):
     pytest.importorskip("transformers"), pytest.importorskip("accelerate")
     net, plan = start()
     loader = dk.loaders(dk.subset(dk.load("digits"), train=640), 64)[0]
-    names = page("hugging-face", "hugging-face-run", dense=net, plan=plan, loader=loader, epochs=2, result=lambda *_: "")
+    names = page(
+        "hugging-face", "hugging-face-run", dense=net, plan=plan, loader=loader, epochs=2, result=lambda *_: ""
+    )
     regularizer = dk.Regularizer(net, plan)
-    trainer = names["with_hugging_face"](net, regularizer, per_device_train_batch_size=32, gradient_accumulation_steps=2)
+    trainer = names["with_hugging_face"](
+        net, regularizer, per_device_train_batch_size=32, gradient_accumulation_steps=2
+    )
     assert trainer.state.global_step == 20 == int(regularizer.state_dict()["counters"][0])
     before = net.conv2.weight.detach().clone()
     dk.share(net, plan, codes=regularizer.codes())
