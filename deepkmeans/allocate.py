@@ -405,7 +405,8 @@ class _Size:
         picked = zip(self.curves.items(), self.lists, chosen)
         plans = {name: LayerPlan(k=int(o.k[i]), sparsity=float(o.sparsity[i]), layout=curve.layout)
                  for (name, curve), o, i in picked if o.k[i]}
-        return Plan(plans, _dense_layers(self.model, plans, self.left_out | dict.fromkeys(self.curves, "better left dense")))
+        reasons = self.left_out | dict.fromkeys(self.curves, "better left dense")
+        return Plan(plans, _dense_layers(self.model, plans, reasons))
 
     def __call__(self, chosen):
         plan = self.plan(chosen)

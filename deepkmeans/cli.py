@@ -401,7 +401,8 @@ def _reproduce_options(command):
     add("name", metavar="NAME", help="a table or figure, a notebook of nbs/paper, or all")
     protocols = "smoke (seconds), cpu (minutes a run) or full (the paper's budget); default: cpu"
     add("--protocol", default="cpu", help=protocols)
-    add("--seeds", type=_positive, metavar="N", help="runs of each setting (default: 1 for smoke, else the notebook's own)")
+    seeds = "runs of each setting (default: 1 for smoke, else the notebook's own)"
+    add("--seeds", type=_positive, metavar="N", help=seeds)
     add("--again", action="store_true", help="make all runs again, in a store of their own")
     add("--jobs", type=_positive, default=2, metavar="N", help="processes at a time (default: 2)")
     add("--scheduler", default="", metavar="tcp://HOST:PORT", help="a Dask scheduler")

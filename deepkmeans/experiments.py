@@ -405,7 +405,7 @@ def _dask_client(scheduler):
     try:
         from distributed import Client
     except ImportError:
-        raise UserError("a scheduler needs Dask: pip install 'deepkmeans[dask]'") from None
+        raise UserError("a scheduler needs Dask: pip install -e '.[dask]' in a clone") from None
     return Client(scheduler)
 
 # %% ../nbs/30_experiments.ipynb #watch

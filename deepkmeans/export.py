@@ -65,10 +65,10 @@ def to_onnx(
 def _onnx():
     try:
         import onnx
-        import onnxscript
+        import onnxscript  # noqa: F401, torch.onnx needs it
     except ImportError as error:
         needed = f"to_onnx needs {error.name}, which is not installed"
-        raise ImportError(f"{needed}: pip install 'deepkmeans[export]'") from None
+        raise ImportError(f"{needed}: pip install -e '.[export]' in a clone") from None
     return onnx
 
 # %% ../nbs/09_export.ipynb #check-export

@@ -98,7 +98,7 @@ def lasting_share(
 
 # %% ../nbs/03_regularizer.ipynb #nearest
 def _nearest(rows, codebook, price):
-    """Codes (n,) of least squared distance plus price (k,): one more coordinate, its root for the centres, 0 for rows."""
+    """Codes (n,) of least squared distance plus price (k,): one more coordinate, its root for centres, 0 for rows."""
     priced = torch.cat([codebook, (price - price.min()).sqrt().unsqueeze(1).to(codebook)], 1)  # (k, d + 1)
     return encode(F.pad(rows, (0, 1)), priced)[0]
 
@@ -408,7 +408,7 @@ class Regularizer:
         self,
         done: float, # how much of the training is over, from 0 to 1
     ):
-        """After a step of the optimizer: take up what it did, and put the rows back onto their centres ("hard" only)."""
+        """After a step of the optimizer: take up what it did, and put the rows back on their centres ("hard" only)."""
         if self.kind != "hard":
             raise RuntimeError(f"kind={self.kind!r} has no step; add penalty() to the loss")
         if not 0 <= done <= 1:
