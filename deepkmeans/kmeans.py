@@ -218,14 +218,10 @@ def _outcome(words, seconds):  # of a command: what went wrong, or nothing
     return said.split("\n")[-1] if process.returncode else ""
 
 # %% ../nbs/01_kmeans.ipynb #keops-folder
-def _digest(*values):
-    return hashlib.sha256(repr(values).encode()).hexdigest()[:12]
-
-
 def _keops_folder():  # for what KeOps compiles with these versions and this compiler, in this user's hands
     versions = [version(package) for package in ("pykeops", "torch")]
     compiler = [os.environ.get(name) for name in ("CXX", "CXXFLAGS")]
-    name = f"deepkmeans-keops-{os.getuid()}-{_digest(sys.version, versions, compiler)}"
+    name = f"deepkmeans-keops-{os.getuid()}-{_fingerprint([sys.version, versions, compiler]):x}"
     folder = _own_folder(Path(tempfile.gettempdir()) / name)
     os.environ.setdefault("KEOPS_CACHE_FOLDER", str(folder))
     return folder
@@ -233,7 +229,7 @@ def _keops_folder():  # for what KeOps compiles with these versions and this com
 # %% ../nbs/01_kmeans.ipynb #keops-tried
 def _tried(folder, d, top, device):  # what went wrong when it was tried, now or by another process
     card = torch.cuda.get_device_name(device) if "cuda" in device else device
-    told = folder / f"trial-{_digest(d, top, card)}"
+    told = folder / f"trial-{_fingerprint([d, top, card]):x}"
     if not told.exists():
         program = f"from deepkmeans.kmeans import _keops_trial; _keops_trial({d}, {top}, {device!r})"
         told.write_text(_outcome([sys.executable, "-c", program], _PATIENCE))

@@ -312,19 +312,21 @@ class _Price:
         lengths = _code_lengths(torch.bincount(view.codes, minlength=len(view.codebook)))  # (k,)
         return _nearest(view.places, view.codebook, self.mu * worth * lengths)
 
-# %% ../nbs/03_regularizer.ipynb #worth
+# %% ../nbs/03_regularizer.ipynb #threshold
 def _threshold(view):  # by how much the last row that the plan leaves at zero would be nearer to a centre
     return -float(_pinned_price(view.places, view.codebook, view.share)[0])
 
-
+# %% ../nbs/03_regularizer.ipynb #longer
 def _longer(view):  # by how many bits the codes of the other rows are longer than that of zero
     lengths = _code_lengths(torch.bincount(view.codes, minlength=len(view.codebook)))  # (k,)
     return float(lengths[view.codes[view.codes > 0]].mean() - lengths[0])
 
-
+# %% ../nbs/03_regularizer.ipynb #worth
 def _worth(view):  # σ: by how much a row's squared distance falls for one more bit
-    if view.share and (view.codes > 0).any() and min(_threshold(view), _longer(view)) > 0:
-        return _threshold(view) / _longer(view)
+    if view.share and (view.codes > 0).any():
+        nearer, longer = _threshold(view), _longer(view)
+        if min(nearer, longer) > 0:
+            return nearer / longer
     residual = view.places - view.codebook[view.codes]  # (n, d)
     return 2 * log(2) / residual.shape[1] * float(residual.square().sum(1).mean())
 

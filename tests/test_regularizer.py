@@ -1,6 +1,7 @@
 """Hard assignments in the loops that users write: any optimizer, frozen layers, dtypes, devices, interrupted runs."""
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -237,3 +238,21 @@ def test_a_step_on_a_deep_network_takes_tens_of_operations():
     with Count() as count:
         regularizer.step(0.9)
     assert count.operations <= 60, count.operations
+
+
+def test_a_wanted_size_begins_with_the_shares_at_zero_that_the_plan_has(monkeypatch):
+    # what a bit is worth differs between layers of 98 % and of 50 % zeros: read off the plan, not off the mean residual
+    draw = torch.Generator().manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(64, 64, 3, bias=False), nn.Conv2d(64, 64, 3, bias=False))
+    with torch.no_grad():
+        for layer in net:
+            layer.weight.copy_(torch.randn(layer.weight.shape, generator=draw) ** 3)
+    plan = {"0": LayerPlan(k=4, sparsity=0.98), "1": LayerPlan(k=16, sparsity=0.5)}
+    shared = copy.deepcopy(net)
+    dk.share(shared, plan)
+    rows = dk.compression(shared, coding="entropy").rows
+    bits = sum(row["index_bits"] + row["codebook_bits"] for row in rows)
+    monkeypatch.setattr(importlib.import_module("deepkmeans.regularizer"), "SETTLING", 1)  # one assignment with prices
+    codes = dk.Regularizer(net, plan, bits=bits).codes()
+    for name, layer in plan.items():
+        assert abs(float((codes[name] == 0).double().mean()) - layer.sparsity) < 0.01, name
