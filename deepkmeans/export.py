@@ -39,23 +39,26 @@ def _two_in_a_byte(codes):  # the first in the low half
 def to_onnx(
     model: torch.nn.Module, # a network, shared or not, on any device; it stays as it is
     path: str | Path, # file to write
-    input_shape: tuple[int, ...], # (c, h, w) of one image, as `energy` takes it; the file takes any number of images
+    input_shape: tuple[int | None, ...], # (c, h, w) of one image; None: any height or width; the file takes any batch
     *,
     opset: int = 21, # operator set; 21 packs two codes of up to 16 clusters into a byte, 18 to 20 do not
 ) -> Path: # of the file
     """Write the network in eval mode as ONNX that keeps sharing: codebook, small integers, Cast, Gather, Reshape.
 
-    The file appears whole or not at all. Raises `ImportError` when onnx or onnxscript is missing, and `ValueError` for
-    an operator set below 18 or above that of the onnx installed, for an image on which the network does not run, and
-    when a shared weight that is used is not in the graph that torch exports.
+    Networks of float16, float32 and float64 keep their type. The file appears whole or not at all. Raises `ImportError`
+    when onnx or onnxscript is missing, and `ValueError` for an operator set below 18 or above that of the onnx
+    installed, for an image on which the network does not run, for a network that torch cannot export (what it does
+    depends on the numbers in an image, or on a size that shall be free), and when a shared weight that is used is not
+    in the graph.
     """
     onnx = _onnx()
     _check_export(onnx, input_shape, opset)
     dense = unshare(deepcopy(model)).eval().cpu()
-    dtype = next((p.dtype for p in dense.parameters()), None)
-    batch = torch.zeros(2, *input_shape, dtype=dtype)  # torch would take a 1 for a constant
+    batch = _sample(dense, input_shape)
     used = _used(dense, batch)
-    proto = _export(dense, batch, opset)
+    if None in input_shape:  # torch would export a network that only takes its sample
+        _used(dense, _sample(dense, input_shape, free=96))
+    proto = _export(dense, batch, input_shape, opset)
     _share_graph(proto, model, dense, used, opset)
     onnx.checker.check_model(proto)
     write_file(path, proto.SerializeToString())
@@ -75,8 +78,17 @@ def _onnx():
 def _check_export(onnx, input_shape, opset):
     if not 18 <= opset <= onnx.defs.onnx_opset_version():
         raise ValueError(f"opset={opset} must be between 18 and {onnx.defs.onnx_opset_version()}")
-    if not input_shape or min(input_shape) < 1:
-        raise ValueError(f"input_shape={tuple(input_shape)} must be (c, h, w) of one image, all at least 1")
+    given = [size for size in input_shape if size is not None]
+    if not given or min(given) < 1 or input_shape[0] is None:
+        raise ValueError(f"input_shape={tuple(input_shape)} must be (c, h, w) of one image, all at least 1; "
+                         "h and w may be None")
+
+# %% ../nbs/09_export.ipynb #sample
+def _sample(dense, input_shape, free=128):  # (2, c, h, w), of the network's type; a size that is free is so large
+    dtype = next((p.dtype for p in dense.parameters()), torch.float32)
+    if dtype not in (torch.float16, torch.float32, torch.float64):
+        raise ValueError(f"the network is of {dtype}, which ONNX's runtimes do not compute with: .float() or .half()")
+    return torch.zeros(2, *(size or free for size in input_shape), dtype=dtype)
 
 # %% ../nbs/09_export.ipynb #used
 def _used(dense, batch):  # names of the modules that run
@@ -94,11 +106,16 @@ def _used(dense, batch):  # names of the modules that run
     return used
 
 # %% ../nbs/09_export.ipynb #export
-def _export(dense, batch, opset):
+def _export(dense, batch, input_shape, opset):
     # optimising would fold batch normalisation into the weights
     options = dict(dynamo=True, optimize=False, verbose=False, opset_version=opset)
-    shapes = ({0: torch.export.Dim("batch")},)
-    return torch.onnx.export(dense, (batch,), dynamic_shapes=shapes, **options).model_proto
+    free = {axis: torch.export.Dim.DYNAMIC for axis, size in enumerate(input_shape, 1) if size is None}
+    shapes = ({0: torch.export.Dim("batch")} | free,)
+    try:
+        return torch.onnx.export(dense, (batch,), dynamic_shapes=shapes, **options).model_proto
+    except RuntimeError as error:  # torch's own kinds, of every step
+        why = first_line(error.__cause__ or error)
+        raise ValueError(f"input_shape={tuple(input_shape)}: torch cannot export the network ({why})") from error
 
 # %% ../nbs/09_export.ipynb #share-graph
 def _share_graph(proto, model, dense, used, opset):

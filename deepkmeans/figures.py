@@ -61,7 +61,6 @@ _LOOKS = {
     "one-shot": ("C9", "*"),
 }
 _HALVES = {
-    ", allocated": "bottom",
     ", wanted ratio": "bottom",
     " (convolutions)": "left",
     ", distilled": "right",
@@ -70,7 +69,7 @@ _HALVES = {
 
 # %% ../nbs/31_figures.ipynb #method-look
 def method_look(
-    method: str, # name of a method, such as "Deep k-Means, allocated"
+    method: str, # name of a method, such as "Deep k-Means, wanted ratio"
 ) -> dict: # keyword arguments of `plot`
     """Colour and mark of a method; grey for one that is not known."""
     kin = max((name for name in _LOOKS if method.startswith(name)), key=len, default="")

@@ -10,6 +10,7 @@ import deepkmeans as dk
 
 onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
+ReferenceEvaluator = pytest.importorskip("onnx.reference").ReferenceEvaluator
 
 
 def odd():
@@ -114,7 +115,69 @@ def test_a_transposed_convolution_is_exported_shared(tmp_path):
         )
 
 
-@pytest.mark.parametrize("shape", [(1, 3, 32, 32), (4, 32, 32), (3, 1, 1), (), (3, 0, 32)])
+def runs(path, x):
+    session = onnxruntime.InferenceSession(str(path))
+    return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+
+
+def test_a_free_height_and_width_take_images_of_any_size(tmp_path):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2, padding=1),
+        nn.BatchNorm2d(8),
+        nn.MaxPool2d(2),
+        nn.Conv2d(8, 4, 3),
+        nn.Upsample(None, 2),
+    ).eval()
+    dk.share(net, dk.make_plan(net, k=4))
+    path = dk.to_onnx(net, tmp_path / "net.onnx", (3, None, None))
+    for size in ((40, 56), (33, 128), (200, 24)):
+        x = torch.randn(3, 3, *size)
+        with torch.no_grad():
+            torch.testing.assert_close(runs(path, x), net(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_network_for_one_size_cannot_have_it_free(tmp_path):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 126 * 126, 3))  # takes 128 x 128
+    with pytest.raises(ValueError, match=r"input_shape=\(3, 96, 96\): the network does not run on it"):
+        dk.to_onnx(net, tmp_path / "net.onnx", (3, None, None))
+    assert not list(tmp_path.iterdir())
+
+
+def test_networks_keep_their_floating_type_and_bfloat16_is_refused(tmp_path):
+    net, x = odd(), torch.randn(3, 3, 16, 16)
+    dk.share(net, dk.make_plan(net, k=4))
+    half = copy.deepcopy(net).half()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            runs(dk.to_onnx(half, tmp_path / "half.onnx", (3, 16, 16)), x.half()), half(x.half()), rtol=1e-2, atol=1e-3
+        )
+    double = copy.deepcopy(net).double()
+    model = onnx.load(dk.to_onnx(double, tmp_path / "double.onnx", (3, 16, 16)))
+    computed = ReferenceEvaluator(model).run(None, {model.graph.input[0].name: x.double().numpy()})[0]
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(computed), double(x.double()), rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match="bfloat16.*half"):
+        dk.to_onnx(net.bfloat16(), tmp_path / "net.onnx", (3, 16, 16))
+
+
+class Torn(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        y = self.conv(x)
+        return y if y.sum() > 0 else -y
+
+
+def test_a_network_that_torch_cannot_export_is_one_line(tmp_path):
+    with pytest.raises(ValueError, match="torch cannot export the network") as error:
+        dk.to_onnx(Torn(), tmp_path / "net.onnx", (3, 8, 8))
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("shape", [(None, 32, 32), (1, 3, 32, 32), (4, 32, 32), (3, 1, 1), (), (3, 0, 32)])
 def test_a_shape_that_is_no_image_of_the_network_is_one_line(shape, tmp_path):
     with pytest.raises(ValueError, match=r"input_shape=\(.*") as error:
         dk.to_onnx(odd(), tmp_path / "net.onnx", shape)
