@@ -21,7 +21,7 @@ lenet: .venv
 
 # make paper PROTOCOL=smoke|cpu|full SEEDS=3: every notebook of nbs/paper, with the runs that it lacks
 paper: .venv
-	$(BIN)/python -c "from deepkmeans.experiments import reproduce; reproduce('all', '$(or $(PROTOCOL),cpu)', $(or $(SEEDS),None))"
+	$(BIN)/python -c "from deepkmeans.paper.suite import reproduce; reproduce('all', '$(or $(PROTOCOL),cpu)', $(or $(SEEDS),None))"
 
 # The k-means engine against its peers, half an hour on an otherwise idle machine; make bench DEVICE=cuda: on a GPU
 bench: .venv
@@ -31,8 +31,9 @@ bench: .venv
 lab: .venv
 	$(BIN)/jupyter lab nbs
 
-# The site into docs/_build/html; no network, no Quarto.
+# The page of figures/, then the site into docs/_build/html; no network, no Quarto.
 docs: .venv
+	$(BIN)/python docs/gallery.py
 	$(BIN)/python docs/build.py
 
 docs-serve: docs

@@ -15,7 +15,6 @@ from deepkmeans.data import Data, Loader, load, loaders, subset
 from deepkmeans.energy import EnergyReport, energy, full_adders
 from deepkmeans.allocate import NAMED_PLANS, allocate, fisher, layer_curves, named_plan
 from deepkmeans.export import to_onnx
-from deepkmeans.experiments import collect, paper_numbers, reproduce, run
 from deepkmeans.kmeans import Clustering, KMeans, decode, encode, kmeans
 from deepkmeans.models import (
     alexnet, build, freshnet_cnn, googlenet, googlenet_64, lenet5, load_weights, tt_conv_cnn, wide_resnet,

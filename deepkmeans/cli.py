@@ -248,7 +248,7 @@ def _input(args, model): # → (channels, height, width) of an image
 
 # %% ../nbs/40_cli.ipynb #reproduce
 def _reproduce(args):
-    from deepkmeans.experiments import reproduce
+    from deepkmeans.paper.suite import reproduce
 
     how = dict(again=args.again, jobs=args.jobs, scheduler=args.scheduler)
     executed = reproduce(args.name, args.protocol, args.seeds, **how)
@@ -257,7 +257,8 @@ def _reproduce(args):
 
 # %% ../nbs/40_cli.ipynb #retrain
 def _retrain(args):
-    from deepkmeans.experiments import execute, repository
+    from deepkmeans.paper.store import repository
+    from deepkmeans.paper.suite import execute
 
     executed = Path("runs") / "retrain.ipynb"
     notebook = repository(".") / "nbs" / "retrain.ipynb"

@@ -1,5 +1,6 @@
 """The store and the runner under rough treatment, on Dask, and behind the notebooks of the paper."""
 
+import importlib
 import json
 import shutil
 import signal
@@ -10,15 +11,14 @@ import time
 import pytest
 
 import deepkmeans as dk
-from deepkmeans import experiments as ex
-from deepkmeans import gallery, tables
+from deepkmeans.paper import store, suite, tables
 
 QUICK = dict(data="digits", baseline_epochs=2, epochs=3)
 FEW = dict(data="digits", train_images=128, test_images=64, batch_size=32, baseline_epochs=1, epochs=1, K=8)
 SUITE = [{**QUICK, "method": "deep-k-means", "layer": "conv1", "sizes": [k]} for k in (2, 4, 8)]
 RUNNER = """
 import json, sys
-from deepkmeans.experiments import run
+from deepkmeans.paper.suite import run
 run(sys.argv[1], json.loads(sys.argv[2]), out=sys.argv[3], together='sizes', progress=False)
 """
 LATE = """
@@ -42,27 +42,29 @@ def alive(word):  # processes that were started with a word on their command lin
 
 
 def test_a_suite_whose_runner_is_killed_twice_gives_the_same_table(root, tmp_path):
-    notebook, store = root / "nbs" / "one_layer.ipynb", tmp_path / "killed"
+    notebook, folder = root / "nbs" / "one_layer.ipynb", tmp_path / "killed"
     for sign in ("baselines/*.safetensors", "*/record.json"):  # within the training of the baseline; after some run
-        runner = subprocess.Popen([sys.executable, "-c", RUNNER, str(notebook), json.dumps(SUITE), str(store)])
-        while not list(store.glob(sign)):
+        runner = subprocess.Popen([sys.executable, "-c", RUNNER, str(notebook), json.dumps(SUITE), str(folder)])
+        while not list(folder.glob(sign)):
             assert runner.poll() is None
             time.sleep(0.01)
         runner.send_signal(signal.SIGKILL)
         runner.wait()
-        assert len(list(store.glob("*/record.json"))) < len(SUITE), "it ended before it could be killed"
+        assert len(list(folder.glob("*/record.json"))) < len(SUITE), "it ended before it could be killed"
         end = time.time() + 20
-        while alive(str(store)) and time.time() < end:
+        while alive(str(folder)) and time.time() < end:
             time.sleep(0.1)
-        assert not alive(str(store)), "a run outlived its runner"
-    resumed = ex.run(notebook, SUITE, out=store, together="sizes", progress=False)
+        assert not alive(str(folder)), "a run outlived its runner"
+    resumed = suite.run(notebook, SUITE, out=folder, together="sizes", progress=False)
     assert resumed.made.all()
-    assert table(resumed) == table(ex.run(notebook, SUITE, out=tmp_path / "straight", together="sizes", progress=False))
+    assert table(resumed) == table(
+        suite.run(notebook, SUITE, out=tmp_path / "straight", together="sizes", progress=False)
+    )
 
 
 SMALL = """
 import json, os, pathlib
-from deepkmeans.experiments import run_id, save_record
+from deepkmeans.paper.store import run_id, save_record
 if x == 3:
     raise ValueError("x=3 is not wanted")
 save_record(f"{out}/{run_id(dict(x=x))}", dict(parameters=dict(x=x), y=x * x, pid=os.getpid()))
@@ -86,10 +88,10 @@ def small(tmp_path):
 
 def test_the_same_suite_on_dask(small, tmp_path, capsys):
     distributed = pytest.importorskip("distributed")
-    suite = [dict(x=x) for x in (1, 2, 3)]
+    wanted = [dict(x=x) for x in (1, 2, 3)]
     with distributed.LocalCluster(n_workers=1, threads_per_worker=2, dashboard_address=None) as cluster:
         assert cluster.scheduler_address.startswith("tcp://")
-        frame = ex.run(small, suite, out=tmp_path / "runs", scheduler=cluster.scheduler_address, progress=False)
+        frame = suite.run(small, wanted, out=tmp_path / "runs", scheduler=cluster.scheduler_address, progress=False)
     assert frame.made.tolist() == [True, True, False] and frame.y.tolist()[:2] == [1, 4] and frame.pid.nunique() == 2
     failed = capsys.readouterr().out
     assert failed.count("failed: ") == 1 and ".ipynb: ValueError: x=3 is not wanted" in failed
@@ -105,7 +107,8 @@ def test_a_kernel_that_does_not_come_up_gets_another_try(small, tmp_path, monkey
     book["metadata"]["kernelspec"] = dict(name="late", display_name="late", language="python")
     small.write_text(json.dumps(book))
     assert (
-        ex.run(small, [dict(x=2)], out=tmp_path / "runs", progress=False).made.all() and (tmp_path / "tried").exists()
+        suite.run(small, [dict(x=2)], out=tmp_path / "runs", progress=False).made.all()
+        and (tmp_path / "tried").exists()
     )
 
 
@@ -115,7 +118,7 @@ def stamps(folder):
 
 def test_figures_1_and_2_at_smoke(root, tmp_path):
     before = stamps(root / "figures")
-    (executed,) = ex.reproduce("figure1", "smoke", out=tmp_path, root=root, show=False).values()
+    (executed,) = suite.reproduce("figure1", "smoke", out=tmp_path, root=root, show=False).values()
     cells = {
         c["id"]: "".join(
             o.get("text", "") if isinstance(o.get("text"), str) else "".join(o.get("text", ()))
@@ -130,14 +133,14 @@ def test_figures_1_and_2_at_smoke(root, tmp_path):
 
 def test_allocation_at_smoke(root, tmp_path):
     before = stamps(root / "figures")
-    ex.reproduce("allocation", "smoke", out=tmp_path, root=root, show=False)
-    methods = [record["method"] for record in ex.read_records(tmp_path / "allocation_lenet5_smoke.jsonl")]
+    suite.reproduce("allocation", "smoke", out=tmp_path, root=root, show=False)
+    methods = [record["method"] for record in store.read_records(tmp_path / "allocation_lenet5_smoke.jsonl")]
     assert methods.count("allocator, data") == methods.count("one K") == 3 and methods.count("baseline") == 1
     assert stamps(root / "figures") == before, "smoke must not touch figures/"
 
 
 def test_table_1_at_smoke(root, tmp_path):
-    (executed,) = ex.reproduce("table1", "smoke", out=tmp_path, root=root, show=False).values()
+    (executed,) = suite.reproduce("table1", "smoke", out=tmp_path, root=root, show=False).values()
     said = {
         c["id"]: "".join("".join(o.get("text", ())) for o in c.get("outputs", ()))
         for c in json.loads(executed.read_text())["cells"]
@@ -163,7 +166,7 @@ def test_every_baseline_runs_from_the_same_network(root, tmp_path):
         "deep-compression": {},
         "soft": {"components": 3},
     }
-    runs = ex.run(
+    runs = suite.run(
         root / "nbs" / "baseline.ipynb",
         [{**small, "method": m, "settings": s} for m, s in methods.items()],
         out=tmp_path,
@@ -181,10 +184,10 @@ def test_committed_records_are_found_by_their_suites(root):
         ("figure1_2_lenet_cpu", "one_layer"),
         ("figure1_2_lenet_full", "one_layer"),
     ):
-        records = ex.read_records(root / "figures" / f"{name}.jsonl")
+        records = store.read_records(root / "figures" / f"{name}.jsonl")
         assert (
             records
-            and ex.lookup(
+            and store.lookup(
                 root / "nbs" / f"{notebook}.ipynb",
                 [r["parameters"] for r in records],
                 [root / "figures" / f"{name}.jsonl"],
@@ -193,7 +196,13 @@ def test_committed_records_are_found_by_their_suites(root):
         )
 
 
-def test_the_gallery_is_the_generated_one(root, tmp_path):
+@pytest.fixture
+def gallery(root, monkeypatch):
+    monkeypatch.syspath_prepend(str(root / "docs"))
+    return importlib.import_module("gallery")
+
+
+def test_the_gallery_is_the_generated_one(root, gallery):
     committed = (root / "figures" / "README.md").read_text()
     try:
         assert gallery.write_gallery(root).read_text() == committed
@@ -201,33 +210,35 @@ def test_the_gallery_is_the_generated_one(root, tmp_path):
         (root / "figures" / "README.md").write_text(committed)
 
 
-def test_each_file_is_declared_by_one_notebook_and_its_command_names_one(root):
-    known = {**ex.REPRODUCIBLE, **{path.stem: path.stem for path in (root / "nbs" / "paper").glob("*.ipynb")}}
+def test_each_file_is_declared_by_one_notebook_and_its_command_names_one(root, gallery):
+    known = {**suite.REPRODUCIBLE, **{path.stem: path.stem for path in (root / "nbs" / "paper").glob("*.ipynb")}}
     for path, writers in gallery.origins(root).items():
         assert len(writers) == 1, f"{path.name} is declared by {writers or 'no notebook'}"
         notebook, command = writers[0]
         assert (root / notebook).is_file()
         words = command.split()
         if words[:2] == ["deepkmeans", "reproduce"]:
-            assert words[2] in known and words[3:] in ([], *(["--protocol", p] for p in ex.PROTOCOLS)), command
+            assert words[2] in known and words[3:] in ([], *(["--protocol", p] for p in store.PROTOCOLS)), command
         elif "papermill" in words:
             run = words[words.index("papermill") + 1 :]
             names = [run[i + 1] for i, word in enumerate(run) if word == "-p"]
-            assert set(names) <= set(ex.notebook_parameters(root / run[0])), command
+            assert set(names) <= set(store.notebook_parameters(root / run[0])), command
 
 
-def test_the_gallery_names_the_commands_of_what_no_table_makes(root):
+def test_the_gallery_names_the_commands_of_what_no_table_makes(root, gallery):
     commands = {path.name: command for path, ((_, command),) in gallery.origins(root).items()}
     assert commands["file_size.csv"] == "deepkmeans reproduce file_size"
     assert commands["energy_reference_nn_dataflow.csv"] == "deepkmeans reproduce energy_verification"
     assert commands["benchmarks_memory_cpu.csv"] == "make bench DEVICE=cpu"
-    (record,) = ex.read_records(root / "figures" / "sws_lenet5.jsonl")
+    (record,) = store.read_records(root / "figures" / "sws_lenet5.jsonl")
     words = commands["sws_lenet5.jsonl"].split()
     given = {words[i + 1]: words[i + 2] for i, word in enumerate(words) if word == "-p"}
-    asked = ex.notebook_parameters(root / "nbs" / "baseline.ipynb") | {
+    asked = store.notebook_parameters(root / "nbs" / "baseline.ipynb") | {
         k: type(record["parameters"].get(k, ""))(v) for k, v in given.items()
     }
-    assert ex.run_id(asked) == ex.run_id(ex.notebook_parameters(root / "nbs" / "baseline.ipynb") | record["parameters"])
+    assert store.run_id(asked) == store.run_id(
+        store.notebook_parameters(root / "nbs" / "baseline.ipynb") | record["parameters"]
+    )
 
 
 def test_a_table_is_drawn_from_the_committed_records_alone(root, tmp_path):
@@ -240,7 +251,7 @@ def test_a_table_is_drawn_from_the_committed_records_alone(root, tmp_path):
         shutil.copy(root / "figures" / name, clone / "figures")
     before = stamps(clone / "figures")
     given = dict(protocol="full", save=True, out=str(tmp_path / "empty"), root=str(clone))
-    assert ex.execute(clone / "nbs" / "paper" / "table3_wide_resnet.ipynb", tmp_path / "table3.ipynb", given) == ""
+    assert suite.execute(clone / "nbs" / "paper" / "table3_wide_resnet.ipynb", tmp_path / "table3.ipynb", given) == ""
     assert not (tmp_path / "empty").exists()
     after = stamps(clone / "figures")
     written = {path.name for path in after if after[path] != before.get(path)}
@@ -278,13 +289,13 @@ def test_changed_images_under_the_same_path_are_another_run(tmp_path):
     with pytest.raises(ValueError, match=f"other settings: loader=.*{before.fingerprint}.*not.*{after.fingerprint}"):
         dk.train(net, dk.loaders(after, 4)[0], **common)
     same = dict(data=str(tmp_path / "images"))
-    assert ex.run_id(same, before.fingerprint) != ex.run_id(same, after.fingerprint)
-    assert ex.run_id(same, before.fingerprint) == ex.run_id(same, before.fingerprint)
+    assert store.run_id(same, before.fingerprint) != store.run_id(same, after.fingerprint)
+    assert store.run_id(same, before.fingerprint) == store.run_id(same, before.fingerprint)
 
 
 def test_repeated_runs_start_from_one_baseline_and_differ_afterwards(root, tmp_path):
     row = tables.Row("Deep k-Means", 8, "retrain", FEW, "shared", repeated="repeat")
-    runs = ex.run(root / "nbs" / "retrain.ipynb", [row.run(i) for i in range(2)], out=tmp_path, progress=False)
+    runs = suite.run(root / "nbs" / "retrain.ipynb", [row.run(i) for i in range(2)], out=tmp_path, progress=False)
     assert runs["stages.baseline.loss"].nunique() == 1 and runs["stages.shared.loss"].nunique() == 2
     assert len(list((tmp_path / "baselines").glob("*.safetensors"))) == 1
     assert row._replace(repeated="seed").run(1)["seed"] == 1
