@@ -12,10 +12,10 @@ __version__ = "0.1.0"
 from deepkmeans.accounting import CompressionReport, compression
 from deepkmeans.codec import CompressedFileError, FileReport, decompress, inspect, load_compressed, save_compressed
 from deepkmeans.data import Data, Loader, load, loaders, subset
-from deepkmeans.energy import EnergyReport, energy, full_adders
-from deepkmeans.allocate import NAMED_PLANS, allocate, fisher, layer_curves, named_plan
+from deepkmeans.hardware import EnergyReport, energy, full_adders
+from deepkmeans.allocation import NAMED_PLANS, allocate, fisher, layer_curves, named_plan
 from deepkmeans.export import to_onnx
-from deepkmeans.kmeans import Clustering, KMeans, decode, encode, kmeans
+from deepkmeans.clustering import Clustering, KMeans, decode, encode, kmeans
 from deepkmeans.models import (
     alexnet, build, freshnet_cnn, googlenet, googlenet_64, lenet5, load_weights, tt_conv_cnn, wide_resnet,
 )

@@ -26,9 +26,9 @@ from . import __version__
 from . import data as datasets
 from . import shelf
 from .accounting import compression
-from .allocate import allocate, named_plan
+from .allocation import allocate, named_plan
 from .codec import CODEBOOK_DTYPES, MAX_BYTES, decompress, inspect, load_compressed, save_compressed
-from .energy import energy
+from .hardware import energy
 from .files import place_for_file, write_file
 from .models import MODELS, build, load_weights
 from .retrain import evaluate

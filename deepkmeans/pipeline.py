@@ -14,7 +14,7 @@ from numbers import Integral
 import torch.nn as nn
 
 from .accounting import CompressionReport, compression
-from .allocate import allocate
+from .allocation import allocate
 from .regularizer import Regularizer
 from .retrain import Accuracy, _checked, _modes, _restore, classification_loss, evaluate, train
 from .sharing import LAYERS, Plan, SharingReport, share

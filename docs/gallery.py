@@ -66,9 +66,9 @@ def _assigned(tree):
 # lines say how.
 BY_HAND = [
     Declared(
-        "nbs/01_kmeans.ipynb",
+        "nbs/01_clustering.ipynb",
         "kmeans_backends.csv",
-        "rm figures/kmeans_backends.csv && papermill nbs/01_kmeans.ipynb out.ipynb",
+        "rm figures/kmeans_backends.csv && papermill nbs/01_clustering.ipynb out.ipynb",
     ),
     Declared(
         "nbs/21_sws.ipynb",

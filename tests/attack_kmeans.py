@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import torch
 
-from deepkmeans.kmeans import encode, kmeans
+from deepkmeans.clustering import encode, kmeans
 
 LONG = np.longdouble
 BACKENDS = ("torch", "faiss", "tree", "auto")

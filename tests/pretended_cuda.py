@@ -159,7 +159,7 @@ def pretended_cuda():
         # its name in older and newer releases
         for name in ("_cuda_graph_capture_health_check", "_accelerator_graph_capture_health_check"):
             patch.setattr(torch.optim.Optimizer, name, lambda self: None, raising=False)
-        engine = import_module("deepkmeans.kmeans")
+        engine = import_module("deepkmeans.clustering")
         patch.setattr(engine, "_compiles_for", lambda rows: False)  # Triton: it is no real device
         patch.setattr(torch, "autocast", _Autocast)
         patch.setattr(threading.Thread, "run", run_within)

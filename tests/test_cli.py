@@ -152,7 +152,7 @@ def test_a_torchvision_network(here, capsys):
 
 
 @pytest.mark.skipif(
-    importlib.util.find_spec("deepkmeans.allocate") is None, reason="the chapter on choosing K is not here"
+    importlib.util.find_spec("deepkmeans.allocation") is None, reason="the chapter on choosing K is not here"
 )
 def test_a_wanted_ratio_is_reached(here, capsys):
     code, out, err = run("compress lenet.safetensors --arch lenet5 --ratio 20 -o ratio.dkm --json", capsys)
@@ -160,7 +160,7 @@ def test_a_wanted_ratio_is_reached(here, capsys):
     assert compression(load_compressed("ratio.dkm"), coding="file").bits == 8 * Path("ratio.dkm").stat().st_size
 
 
-@pytest.mark.skipif(importlib.util.find_spec("deepkmeans.energy") is None, reason="the chapter on energy is not here")
+@pytest.mark.skipif(importlib.util.find_spec("deepkmeans.hardware") is None, reason="the chapter on energy is not here")
 def test_energy_of_a_file_and_of_a_name(here, capsys):
     run("compress lenet.safetensors --arch lenet5 --K 8 -o out.dkm", capsys)
     named, file = (json.loads(run(f"energy {what} --json", capsys)[1]) for what in ("--arch lenet5", "out.dkm"))

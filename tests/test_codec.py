@@ -36,7 +36,7 @@ from deepkmeans import (
 )
 from deepkmeans.codec import MAX_HEADER, MAX_NAMES, decoded_bytes, file_bytes, _read
 from deepkmeans.files import write_file
-from deepkmeans.kmeans import Clustering
+from deepkmeans.clustering import Clustering
 from deepkmeans.rows import row_length
 from deepkmeans.sharing import CONVOLUTIONS, share_layer, shared_layers
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from pretended_cuda import pretended_cuda
 
-from deepkmeans.kmeans import KMeans, encode, kmeans
+from deepkmeans.clustering import KMeans, encode, kmeans
 
 REAL = torch.cuda.is_available()
 matplotlib.use("Agg")

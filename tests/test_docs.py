@@ -102,7 +102,7 @@ def test_api_documents_every_public_name(root, site, pages):
         "source",
     ):
         assert said in text, said
-    assert "../nbs/02_sharing.html#sharing-share" in pages[site / "api" / "sharing.html"].links
+    assert "../nbs/03_sharing.html#sharing-share" in pages[site / "api" / "sharing.html"].links
 
 
 def test_search_index_holds_the_words(site):

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import deepkmeans as dk
-from deepkmeans.energy import LEVELS, eyeriss_accesses, reuse_operations
+from deepkmeans.hardware import LEVELS, eyeriss_accesses, reuse_operations
 
 
 def on_meta(name, **options):

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.cluster import KMeans as Reference
 
-from deepkmeans.kmeans import BACKENDS, KMeans, decode, encode, kmeans
+from deepkmeans.clustering import BACKENDS, KMeans, decode, encode, kmeans
 
-module = importlib.import_module("deepkmeans.kmeans")  # deepkmeans.kmeans is the function
+module = importlib.import_module("deepkmeans.clustering")  # deepkmeans.clustering is the function
 GENERAL = ("torch", "faiss", "tree")
 few_seconds = settings(max_examples=40, deadline=None, derandomize=True)
 
@@ -395,7 +395,7 @@ for n, k, d in ((300, 70, 3), (1, 2, 1), (65, 64, 9), (130, 129, 27), (50, 3, 64
     for top in (1, 2):
         assert torch.equal(nearest(rows, centres, top), least[:, :top]), (n, k, d, top)
 rows = torch.randn(400, 3, generator=draw)
-ours, theirs = (deepkmeans.kmeans(rows, 30, backend=backend) for backend in ("triton", "torch"))
+ours, theirs = (deepkmeans.clustering(rows, 30, backend=backend) for backend in ("triton", "torch"))
 assert ours.inertia == theirs.inertia and torch.equal(ours.codes, theirs.codes)
 twice = torch.tensor([[2.0], [1.0], [1.0], [3.0]])
 assert nearest(torch.tensor([[1.1]]), twice, 2).sort().values.tolist() == [[1, 2]]
@@ -493,7 +493,7 @@ def test_no_large_distance_matrix(monkeypatch):
 
 def test_importing_the_package_loads_no_heavy_library():
     heavy = "sklearn scipy faiss numba pykeops pandas matplotlib".split()
-    code = f"import sys; import deepkmeans.kmeans; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys; import deepkmeans.clustering; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 

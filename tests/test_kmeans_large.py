@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from deepkmeans import kernels
-from deepkmeans.kmeans import kmeans
+from deepkmeans.clustering import kmeans
 
-module = importlib.import_module("deepkmeans.kmeans")  # deepkmeans.kmeans is the function
+module = importlib.import_module("deepkmeans.clustering")  # deepkmeans.clustering is the function
 
 STREAMED = """
 import importlib, resource, sys
 import torch
-module = importlib.import_module("deepkmeans.kmeans")
+module = importlib.import_module("deepkmeans.clustering")
 module.IN_MEMORY, kmeans, _backend = 2**26, module.kmeans, module._backend
 kmeans(torch.randn(5000, 32), 4, backend="faiss")  # so that the libraries have their buffers
 rows = torch.from_file(sys.argv[1], size=1_000_000 * 32).view(-1, 32)
@@ -64,7 +64,7 @@ TOGETHER = """
 import sys
 import torch
 import torch.distributed as dist
-from deepkmeans.kmeans import kmeans
+from deepkmeans.clustering import kmeans
 rank, folder = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
 results = []
@@ -123,7 +123,7 @@ DISAGREEING = """
 import datetime, sys
 import torch
 import torch.distributed as dist
-from deepkmeans.kmeans import kmeans
+from deepkmeans.clustering import kmeans
 rank, folder = int(sys.argv[1]), sys.argv[2]
 minute = datetime.timedelta(seconds=60)
 dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=minute)

@@ -15,9 +15,9 @@ import pytest
 import torch
 from sklearn.cluster import KMeans as Reference
 
-from deepkmeans.kmeans import KMeans, encode, kmeans
+from deepkmeans.clustering import KMeans, encode, kmeans
 
-module = importlib.import_module("deepkmeans.kmeans")  # deepkmeans.kmeans is the function
+module = importlib.import_module("deepkmeans.clustering")  # deepkmeans.clustering is the function
 GENERAL = ("torch", "faiss", "tree")
 EVERY = pytest.mark.parametrize("backend", GENERAL)
 

@@ -88,7 +88,7 @@ print(time.perf_counter() - start)
 tools = {"IPython", "nbdev", "fastcore", "execnb", "papermill", "jupyter_client"}
 libraries = {"matplotlib", "seaborn", "pandas", "faiss", "pykeops", "torchvision"}
 print(*sorted((tools | libraries) & set(sys.modules)))
-assert deepkmeans.kmeans and deepkmeans.share and deepkmeans.Regularizer and deepkmeans.compression
+assert deepkmeans.clustering and deepkmeans.share and deepkmeans.Regularizer and deepkmeans.compression
 """
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
-from ..kmeans import Clustering, encode, kmeans
+from ..clustering import Clustering, encode, kmeans
 from ..rows import from_rows, to_rows
 from ..sharing import SharedWeight, SharingReport, _describe, _own_class
 from ..sharing import cluster, make_plan, planned_layers, share_layer
