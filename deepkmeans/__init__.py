@@ -23,4 +23,5 @@ from deepkmeans.pipeline import Outcome, bits_for_ratio, compress
 from deepkmeans.regularizer import Regularizer
 from deepkmeans.retrain import Accuracy, evaluate, train
 from deepkmeans.rows import from_rows, to_rows
-from deepkmeans.sharing import LayerPlan, SharedWeight, SharingReport, make_plan, share, unshare
+from deepkmeans.plan import LayerPlan, make_plan
+from deepkmeans.sharing import SharedWeight, SharingReport, share, unshare

@@ -13,6 +13,7 @@ from math import ceil, log2, prod
 import torch
 import torch.nn as nn
 
+from .reports import Report
 from .sharing import shared_layers
 
 # %% ../nbs/06_accounting.ipynb #index-bits
@@ -52,21 +53,20 @@ def _huffman_bits(counts):
 
 # %% ../nbs/06_accounting.ipynb #report
 @dataclass(frozen=True)
-class CompressionReport:
-    """Sizes in bits, a dict for each module that holds parameters, and how they were counted."""
-    rows: tuple
+class CompressionReport(Report):
+    """Sizes in bits of each module that holds parameters, and how they were counted."""
     coding: str
     scope: str
 
     @property
     def bits(self) -> float:
         """Size of the compressed network in bits."""
-        return sum(row["bits"] for row in self.rows)
+        return self.sum("bits")
 
     @property
     def dense_bits(self) -> float:
         """Size of the same parameters at 32 bits each."""
-        return sum(row["dense_bits"] for row in self.rows)
+        return self.sum("dense_bits")
 
     @property
     def ratio(self) -> float:
@@ -76,9 +76,7 @@ class CompressionReport:
     @property
     def layers(self):
         """A pandas frame, one line a layer: k, parameters, and bits of codebook, indexes and what stays at 32 bits."""
-        import pandas as pd
-
-        frame = pd.DataFrame(self.rows).set_index("layer")
+        frame = super().layers
         return frame.assign(ratio=frame.dense_bits / frame.bits, share=frame.bits / self.bits)
 
     def __str__(self):
@@ -105,10 +103,10 @@ def compression(
     _check_file_holds_all(coding, biases, batchnorm)
     modules = dict(_counted_modules(model, scope, batchnorm or coding == "file"))
     file = coding == "file"
-    rows = _file_rows(model, modules, scope) if file else _parameter_rows(model, modules, coding, biases)
-    if not rows:
+    lines = _file_lines(model, modules, scope) if file else _parameter_lines(model, modules, coding, biases)
+    if not lines:
         raise ValueError(f"scope={scope!r} holds no parameter to count")
-    return CompressionReport(tuple(rows), coding, scope)
+    return CompressionReport(lines, coding, scope)
 
 # %% ../nbs/06_accounting.ipynb #check-file-holds-all
 def _check_file_holds_all(coding, biases, batchnorm):
@@ -137,19 +135,19 @@ def _is_in_scope(name, module, scope):
     return scope in ("network", name)
 
 # %% ../nbs/06_accounting.ipynb #compression-rows
-def _parameter_rows(model, modules, coding, biases):
+def _parameter_lines(model, modules, coding, biases):
     shared = shared_layers(model)
     counted = set()
-    rows = []
+    lines = []
     for name, module in modules.items():
         named = module.named_parameters(recurse=False)
         wanted = {id(p): p.numel() for key, p in named if biases or "bias" not in key}
         plain = sum(wanted[p] for p in wanted.keys() - counted)  # parameters that stay as they are
         counted |= wanted.keys()
-        row = _shared_bits(shared[name], coding, plain) if name in shared else _dense_bits(module, plain)
-        if row["dense_bits"]:
-            rows.append({"layer": name or type(module).__name__, **row})
-    return rows
+        line = _shared_bits(shared[name], coding, plain) if name in shared else _dense_bits(module, plain)
+        if line["dense_bits"]:
+            lines.append({"layer": name or type(module).__name__, **line})
+    return lines
 
 # %% ../nbs/06_accounting.ipynb #shared-bits
 def _shared_bits(shared, coding, plain):
@@ -170,18 +168,18 @@ def _dense_bits(module, plain):
                 kept_bits=kept, bits=kept)
 
 # %% ../nbs/06_accounting.ipynb #file-rows
-def _file_rows(model, modules, scope):
-    from deepkmeans.codec import file_rows
+def _file_lines(model, modules, scope):
+    from deepkmeans.codec import file_lines
 
-    return [_in_bits(row) for row in file_rows(model) if scope == "network" or _layer_of(row) in modules]
+    return [_in_bits(line) for line in file_lines(model) if scope == "network" or _layer_of(line) in modules]
 
 # %% ../nbs/06_accounting.ipynb #layer-of
-def _layer_of(row):
-    return f".{row['layer']}".partition(".parametrizations")[0][1:]
+def _layer_of(line):
+    return f".{line['layer']}".partition(".parametrizations")[0][1:]
 
 # %% ../nbs/06_accounting.ipynb #in-bits
-def _in_bits(row):
-    compressed = row["codebook"] + row["indexes"] + row["kept"]
-    return dict(layer=row["layer"], k=row["k"], parameters=row["numbers"], dense_bits=8 * row["dense"],
-                codebook_bits=8 * row["codebook"], index_bits=8 * row["indexes"], kept_bits=8 * row["kept"],
+def _in_bits(line):
+    compressed = line["codebook"] + line["indexes"] + line["kept"]
+    return dict(layer=line["layer"], k=line["k"], parameters=line["numbers"], dense_bits=8 * line["dense"],
+                codebook_bits=8 * line["codebook"], index_bits=8 * line["indexes"], kept_bits=8 * line["kept"],
                 bits=8 * compressed)

@@ -21,8 +21,8 @@ from .accounting import compression, index_bits
 from .clustering import decode, encode, kmeans
 from .retrain import heads
 from .rows import to_rows
-from .sharing import (LAYERS, LayerPlan, Plan, _dense_layers, cluster_layers, make_plan, planned_layers,
-                                share_layers, side_by_side)
+from .plan import LAYERS, LayerPlan, Plan, dense_layers, layers_of, make_plan
+from .sharing import cluster_layers, planned_layers, share_layers, side_by_side
 
 # %% ../nbs/08_allocation.ipynb #fisher
 def fisher(
@@ -323,7 +323,7 @@ def layer_curves(
     progress: bool = False, # show a progress bar?
 ) -> dict: # {layer name: LayerCurve}
     """What `allocate` has to know, to be measured once. Raises `ValueError` as `make_plan`, `share` and `fisher` do."""
-    layers = planned_layers(model, make_plan(model, k=1, layout=layout, include=include, exclude=exclude))
+    layers = planned_layers(model, layers_of(model, include, exclude))
     weights = {name: m.weight.detach() for name, m in layers.items()}
     importance = _importance(model, data, weights, images, seed)
     how = dict(layout=layout, sparsities=SPARSITIES if sparsity else (0.0,), seed=seed, backend=backend)
@@ -406,7 +406,7 @@ class _Size:
         plans = {name: LayerPlan(k=int(o.k[i]), sparsity=float(o.sparsity[i]), layout=curve.layout)
                  for (name, curve), o, i in picked if o.k[i]}
         reasons = self.left_out | dict.fromkeys(self.curves, "better left dense")
-        return Plan(plans, _dense_layers(self.model, plans, reasons))
+        return Plan(plans, dense_layers(self.model, plans, reasons))
 
     def __call__(self, chosen):
         plan = self.plan(chosen)
@@ -458,7 +458,7 @@ def _check_reach(size, ratio):
         return  # clearly within reach
     least = size([int(o.bits.argmin()) for o in size.lists])
     if least > wanted * (1 + CLOSE):
-        dense = _dense_layers(size.model, size.curves, {})
+        dense = dense_layers(size.model, size.curves, {})
         kept = f"; {', '.join(dense)} stay dense, which include= and exclude= decide" if dense else ""
         raise ValueError(f"ratio={ratio} must be above 1 and at most {size.dense / least:.2f}, "
                          f"which the fewest clusters allowed reach{kept}")

@@ -33,7 +33,9 @@ from .files import place_for_file, write_file
 from .models import MODELS, build, load_weights
 from .retrain import evaluate
 from .rows import LAYOUTS
-from .sharing import as_text, make_plan, share
+from .plan import make_plan
+from .reports import as_text
+from .sharing import share
 
 # %% ../nbs/40_cli.ipynb #network
 def _network(args): # → the network that the options --arch, --num-classes and --option name
@@ -95,7 +97,7 @@ def _saved(args, model, report): # → data, text
     dense = int(compression(model, coding="file").dense_bits) // 8
     sizes = dict(file=str(args.output), bytes=size, dense_bytes=dense, ratio=dense / size)
     text = f"{report}\n\n{args.output}: {dense:,} → {size:,} bytes, {dense / size:.2f}× smaller"
-    return sizes | dict(layers=report.rows, skipped=report.skipped), text
+    return sizes | dict(layers=report.lines, skipped=report.skipped), text
 
 # %% ../nbs/40_cli.ipynb #before-and-after
 def _before_and_after(images, before, after): # → data, text
@@ -132,7 +134,7 @@ def _on_terminal(): # is a bar of use?
 # %% ../nbs/40_cli.ipynb #inspect
 def _inspect(args):
     report = inspect(args.file, max_bytes=args.max_bytes)
-    data = dict(file=str(args.file), bytes=report.bytes, architecture=report.architecture, rows=report.rows)
+    data = dict(file=str(args.file), bytes=report.bytes, architecture=report.architecture, rows=report.lines)
     return data, str(report)
 
 # %% ../nbs/40_cli.ipynb #decompress
@@ -227,7 +229,7 @@ def _energy(args):
     report = energy(model, _input(args, model))
     named = getattr(model, "architecture", None)
     totals = dict(macs=report.macs, full_adders=report.full_adders, total=report.total)
-    data = dict(network=named["name"] if named else args.arch, **totals, layers=list(report.rows))
+    data = dict(network=named["name"] if named else args.arch, **totals, layers=report.lines)
     return data, f"{report}\n\n{as_text(report.layers)}"
 
 # %% ../nbs/40_cli.ipynb #is-file

@@ -7,7 +7,7 @@ __all__ = ['PRECISION', 'MAX_K', 'STEP', 'DTYPES', 'DTYPE_NAMES', 'FLOATS', 'ARR
            'MAX_DENSE', 'MAX_RATIO', 'MAX_BYTES', 'CODEBOOK_DTYPES', 'CompressedFileError', 'histogram_bytes',
            'histogram_weights', 'frequencies', 'pack_codes', 'unpack_codes', 'StoredLayer', 'Tables', 'decoded_bytes',
            'file_bytes', 'save_compressed', 'Content', 'load_compressed', 'decompress', 'FileReport', 'inspect',
-           'report', 'file_rows']
+           'report', 'file_lines']
 
 # %% ../nbs/07_codec.ipynb #imports
 import json
@@ -28,8 +28,9 @@ from torch.nn.utils import parametrize
 
 from .files import place_for_file, write_file
 from .models import build
+from .reports import Report, as_text
 from .rows import LAYOUTS, from_rows, row_length
-from .sharing import SharedWeight, as_text, shared_layers, unshare
+from .sharing import SharedWeight, shared_layers, unshare
 from .shelf import find, hint
 
 # %% ../nbs/07_codec.ipynb #error
@@ -758,23 +759,20 @@ def decompress(
 
 # %% ../nbs/07_codec.ipynb #filereport
 @dataclass(frozen=True)
-class FileReport:
-    """What a compressed file holds: a dict for each shared layer, one for all other tensors and one for the header."""
-    rows: tuple
+class FileReport(Report):
+    """What a compressed file holds: a line for each shared layer, one for all other tensors and one for the header."""
     architecture: dict | None
 
     @property
     def bytes(self) -> int:
         """The size of the file."""
-        return sum(row["bytes"] for row in self.rows)
+        return self.sum("bytes")
 
     @property
     def layers(self):
         """A pandas frame, one line a layer: shape, layout, n rows, k clusters, bits a weight (all of its bytes), bits
         a row of entropy and of what its codes take, bytes and their share of the file."""
-        import pandas as pd
-
-        frame = pd.DataFrame(self.rows).set_index("layer")
+        frame = super().layers
         return frame.assign(share=frame.bytes / self.bytes).astype({c: "Int64" for c in ("n", "d", "k") if c in frame})
 
     def __str__(self):
@@ -795,14 +793,14 @@ def inspect(
 
 # %% ../nbs/07_codec.ipynb #report
 def report(content): # Content → FileReport
-    rows = [_row(layer, content.codes(layer)) for layer in content.tables.layers]
+    lines = [_layer_line(layer, content.codes(layer)) for layer in content.tables.layers]
     kept = sum(t.nbytes for t in content.tensors.values())
-    header = content.size - kept - sum(row["bytes"] for row in rows)
+    header = content.size - kept - sum(line["bytes"] for line in lines)
     rest = dict(layer="other tensors", bytes=kept), dict(layer="header", bytes=header)
-    return FileReport((*rows, *rest), content.tables.architecture)
+    return FileReport([*lines, *rest], content.tables.architecture)
 
 # %% ../nbs/07_codec.ipynb #row
-def _row(layer, codes):
+def _layer_line(layer, codes):
     counts = torch.bincount(codes).double()
     used = counts[counts > 0]
     size = layer.codebook_bytes + layer.index_bytes
@@ -812,8 +810,8 @@ def _row(layer, codes):
                 bits_per_weight=8 * size / prod(layer.shape), entropy=entropy,
                 bits_per_row=8 * layer.index_bytes / layer.n, bytes=size)
 
-# %% ../nbs/07_codec.ipynb #file-rows
-def file_rows(
+# %% ../nbs/07_codec.ipynb #file-lines
+def file_lines(
     model: nn.Module, # a network, shared or not
 ) -> list: # a dict for each module that holds tensors, and one for the header
     """The bytes of the file of this network, by module.
@@ -821,20 +819,20 @@ def file_rows(
     `codebook`, `indexes` (histogram and codes), `kept` (as they are) and `dense` (in a dense file).
     """
     content = _read(file_bytes(model), inf)
-    rows = {}
+    lines = {}
     for layer in content.tables.layers:
         dense = prod(layer.shape) * DTYPES[layer.dtype].itemsize
-        _add(rows, layer.name, numbers=prod(layer.shape), dense=dense, codebook=layer.codebook_bytes,
+        _add(lines, layer.name, numbers=prod(layer.shape), dense=dense, codebook=layer.codebook_bytes,
              indexes=layer.index_bytes)
-        rows[layer.name]["k"] = layer.k
+        lines[layer.name]["k"] = layer.k
     for name, tensor in content.tensors.items():
-        _add(rows, name.rpartition(".")[0], numbers=tensor.numel(), dense=tensor.nbytes, kept=tensor.nbytes)
-    told = sum(row["codebook"] + row["indexes"] + row["kept"] for row in rows.values())
-    _add(rows, "header", kept=content.size - told)
-    return list(rows.values())
+        _add(lines, name.rpartition(".")[0], numbers=tensor.numel(), dense=tensor.nbytes, kept=tensor.nbytes)
+    told = sum(line["codebook"] + line["indexes"] + line["kept"] for line in lines.values())
+    _add(lines, "header", kept=content.size - told)
+    return list(lines.values())
 
 # %% ../nbs/07_codec.ipynb #add
-def _add(rows, name, **sizes): # to the row of that name, which is made when it is not there
-    row = rows.setdefault(name, dict(layer=name, k=None, numbers=0, dense=0, codebook=0, indexes=0, kept=0))
+def _add(lines, name, **sizes): # to the line of that name, which is made when it is not there
+    line = lines.setdefault(name, dict(layer=name, k=None, numbers=0, dense=0, codebook=0, indexes=0, kept=0))
     for key, size in sizes.items():
-        row[key] += size
+        line[key] += size

@@ -17,8 +17,10 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from .models import first_line
+from .reports import Report
 from .rows import row_length
-from .sharing import LAYERS, TRANSPOSED, shared_layers
+from .plan import LAYERS, TRANSPOSED
+from .sharing import shared_layers
 
 # %% ../nbs/09_hardware.ipynb #full-adders
 def full_adders(
@@ -154,9 +156,13 @@ def _touched(outputs, size, stride, dilation):  # how many places of an axis som
 
 # %% ../nbs/09_hardware.ipynb #report
 @dataclass(frozen=True)
-class EnergyReport:
-    """Costs of one forward pass: a dict for each layer, why others are missing, MACs outside of layers, settings."""
-    rows: tuple
+class EnergyReport(Report):
+    """Costs of one forward pass: a line for each layer, why others are missing, MACs outside of layers, settings.
+
+    `computation`, `weights`, `activations`, `total`, `uncompressed` are in units of one 16-bit MAC, `stored_bits`,
+    `weight_bits` (a weight) and `activation_bits` in bits; `weight_saving` is the reduction of eq. 6, the axis of
+    Figure 2.
+    """
     skipped: dict
     outside_macs: int
     settings: dict
@@ -164,40 +170,31 @@ class EnergyReport:
     @property
     def macs(self) -> int:
         """Multiply-accumulates of the pass, zeros included."""
-        return sum(row["macs"] for row in self.rows)
+        return self.sum("macs")
 
     @property
     def full_adders(self) -> float:
         """Eq. 5, in 1-bit full adders."""
-        return sum(row["full_adders"] for row in self.rows)
+        return self.sum("full_adders")
 
     @property
     def total(self) -> float:
         """Computation, weights and activations together, in units of one 16-bit MAC."""
-        return sum(row["total"] for row in self.rows)
+        return self.sum("total")
 
     @property
     def saving(self) -> float:
         """1 − total / total of the same layers dense and unshared, at the same precisions."""
-        return 1 - self.total / sum(row["uncompressed"] for row in self.rows)
-
-    @property
-    def layers(self):
-        """A pandas frame, one line a layer. `computation`, `weights`, `activations`, `total`, `uncompressed` are in
-        units of one 16-bit MAC, `stored_bits`, `weight_bits` (a weight) and `activation_bits` in bits; `weight_saving`
-        is the reduction of eq. 6, the axis of Figure 2."""
-        import pandas as pd
-
-        return pd.DataFrame(self.rows).set_index("layer")
+        return 1 - self.total / self.sum("uncompressed")
 
     def __str__(self):
-        return (f"{self.total:.4g} MAC units for {self.macs:.4g} MACs in {len(self.rows)} layers: {_parts(self)}; "
+        return (f"{self.total:.4g} MAC units for {self.macs:.4g} MACs in {len(self.lines)} layers: {_parts(self)}; "
                 f"{self.saving:.1%} less than dense" + _not_counted(self))
 
 # %% ../nbs/09_hardware.ipynb #report-text
 def _parts(report):
     total = max(report.total, 1e-300)
-    sums = {part: sum(row[part] for row in report.rows) for part in ("computation", "weights", "activations")}
+    sums = {part: report.sum(part) for part in ("computation", "weights", "activations")}
     return ", ".join(f"{part} {cost / total:.0%}" for part, cost in sums.items())
 
 # %% ../nbs/09_hardware.ipynb #not-counted
@@ -242,9 +239,9 @@ def energy(
         raise ValueError(f"input_shape={_brief(input_shape)}: "
                          f"{type(model).__name__} runs no convolution or linear layer on it")
     layers = {name: _Layer.of(m, calls[name], *(b[name] for b in bits)) for name, m in modules.items() if name in calls}
-    rows = tuple({"layer": name or type(model).__name__, **_row(layer, *sharing.get(name, (None, "row")), **settings)}
-                 for name, layer in layers.items())
-    return EnergyReport(rows, _skipped(model, calls), all_macs - sum(row["macs"] for row in rows), settings)
+    costs = {name: _layer_costs(layer, *sharing.get(name, (None, "row")), **settings) for name, layer in layers.items()}
+    lines = [{"layer": name or type(model).__name__, **costs[name]} for name in layers]
+    return EnergyReport(lines, _skipped(model, calls), all_macs - sum(line["macs"] for line in lines), settings)
 
 # %% ../nbs/09_hardware.ipynb #check-options
 def _check_options(settings):
@@ -332,7 +329,7 @@ def _costs(layer, adders, stored_bits, density, uses, access_cost):  # in units 
                 activations=bit * each_input * layer.inputs * layer.activation_bits)
 
 # %% ../nbs/09_hardware.ipynb #row
-def _row(layer, k, layout, stored, uses, computation, access_cost):
+def _layer_costs(layer, k, layout, stored, uses, computation, access_cost):
     weights = prod(layer.shape)
     d = row_length(layer.shape, layout)
     bits = _stored_bits(weights, layer.density, k, d, layer.weight_bits, stored == "indexes")

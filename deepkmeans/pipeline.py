@@ -17,7 +17,8 @@ from .accounting import CompressionReport, compression
 from .allocation import allocate
 from .regularizer import Regularizer
 from .retrain import Accuracy, _checked, _modes, _restore, classification_loss, evaluate, train
-from .sharing import LAYERS, Plan, SharingReport, share
+from .plan import LAYERS, Plan
+from .sharing import SharingReport, share
 
 # %% ../nbs/13_compress.ipynb #bits
 def bits_for_ratio(
@@ -26,8 +27,8 @@ def bits_for_ratio(
 ) -> float: # for `Regularizer(bits=…)`
     """The bits of all codes, by their entropy, and of all codebooks, at which the file has the wanted ratio."""
     entropy, file = (compression(shared, coding=coding) for coding in ("entropy", "file"))
-    spent = sum(row["index_bits"] + row["codebook_bits"] for row in entropy.rows)
-    least = sum(row["codebook_bits"] / row["k"] for row in entropy.rows if row["k"])  # one centre a layer
+    spent = sum(row["index_bits"] + row["codebook_bits"] for row in entropy.lines)
+    least = sum(row["codebook_bits"] / row["k"] for row in entropy.lines if row["k"])  # one centre a layer
     return max(least, spent + file.dense_bits / ratio - file.bits)
 
 # %% ../nbs/13_compress.ipynb #outcome

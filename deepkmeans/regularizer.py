@@ -17,7 +17,8 @@ import torch.nn.functional as F
 
 from .clustering import encode
 from .rows import from_rows, to_rows
-from .sharing import LayerPlan, centroids, cluster_layers, planned_layers
+from .plan import LayerPlan
+from .sharing import centroids, cluster_layers, planned_layers
 
 # %% ../nbs/04_regularizer.ipynb #projections
 class _Indicator:

@@ -282,6 +282,7 @@ def write_api(root, stage, links):
 API = """# API
 
 All of these come with `import deepkmeans as dk`, but for the baselines: `from deepkmeans.baselines.car import greedy`.
+The harness of the paper has pages of its own, `from deepkmeans.paper.suite import reproduce`.
 Every wrong argument is a `ValueError` that names the argument, its value and the bound.
 
 | name | module | |

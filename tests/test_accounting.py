@@ -31,7 +31,7 @@ def test_without_a_coding_the_bytes_on_disk_are_counted(tmp_path):
 def test_the_layers_of_a_file_and_its_header_add_up():
     net = network()
     parts = [dk.compression(net, scope=name).bits for name in ("0", "1", "2", "4")]
-    assert sum(parts) + dk.compression(net).rows[-1]["bits"] == dk.compression(net).bits
+    assert sum(parts) + dk.compression(net).lines[-1]["bits"] == dk.compression(net).bits
     assert dk.compression(net, scope="conv").bits == parts[0] + parts[2]
 
 

@@ -38,7 +38,8 @@ from deepkmeans.codec import MAX_HEADER, MAX_NAMES, decoded_bytes, file_bytes, _
 from deepkmeans.files import write_file
 from deepkmeans.clustering import Clustering
 from deepkmeans.rows import row_length
-from deepkmeans.sharing import CONVOLUTIONS, share_layer, shared_layers
+from deepkmeans.plan import CONVOLUTIONS
+from deepkmeans.sharing import share_layer, shared_layers
 
 
 class Odd(nn.Module):

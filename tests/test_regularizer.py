@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import deepkmeans as dk
 from deepkmeans.rows import to_rows
-from deepkmeans.sharing import LayerPlan, shared_layers
+from deepkmeans.plan import LayerPlan
+from deepkmeans.sharing import shared_layers
 
 
 def small_net():
@@ -189,7 +190,7 @@ def test_all_codes_together_keep_to_a_wanted_number_of_bits():
     plan = dk.make_plan(net, k=8, sparsity=0.3)
     wr = copy.deepcopy(net)
     dk.share(wr, plan)
-    start = sum(row["index_bits"] + row["codebook_bits"] for row in dk.compression(wr, coding="entropy").rows)
+    start = sum(row["index_bits"] + row["codebook_bits"] for row in dk.compression(wr, coding="entropy").lines)
     for wanted in (0.9 * start, 1.0 * start):
         trained = copy.deepcopy(net)
         regularizer, optimizer = (
@@ -200,7 +201,7 @@ def test_all_codes_together_keep_to_a_wanted_number_of_bits():
             a_step(trained, optimizer, i)
             regularizer.step((i + 1) / 60)
         dk.share(trained, plan, codes=regularizer.codes())
-        spent = sum(row["index_bits"] + row["codebook_bits"] for row in dk.compression(trained, coding="entropy").rows)
+        spent = sum(row["index_bits"] + row["codebook_bits"] for row in dk.compression(trained, coding="entropy").lines)
         assert spent == pytest.approx(wanted, rel=0.03)
 
 
@@ -250,7 +251,7 @@ def test_a_wanted_size_begins_with_the_shares_at_zero_that_the_plan_has(monkeypa
     plan = {"0": LayerPlan(k=4, sparsity=0.98), "1": LayerPlan(k=16, sparsity=0.5)}
     shared = copy.deepcopy(net)
     dk.share(shared, plan)
-    rows = dk.compression(shared, coding="entropy").rows
+    rows = dk.compression(shared, coding="entropy").lines
     bits = sum(row["index_bits"] + row["codebook_bits"] for row in rows)
     monkeypatch.setattr(importlib.import_module("deepkmeans.regularizer"), "SETTLING", 1)  # one assignment with prices
     codes = dk.Regularizer(net, plan, bits=bits).codes()

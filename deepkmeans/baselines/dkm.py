@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from ..clustering import Clustering, encode, kmeans
 from ..rows import from_rows, to_rows
 from ..sharing import SharedWeight, SharingReport, _describe, _own_class
-from ..sharing import cluster, make_plan, planned_layers, share_layer
+from ..plan import make_plan
+from ..sharing import cluster, planned_layers, share_layer
 
 # %% ../../nbs/25_dkm.ipynb #attention
 MAX_ATTENTION = 2 ** 26  # entries of the attention that are held at once, 256 MiB in float32
@@ -152,13 +153,13 @@ def harden(
     soft = {name: module for name, module in model.named_modules() if _is_soft(module)}
     if not soft:
         raise ValueError("no layer of the network is soft; call soften(model, plan) first")
-    report = SharingReport()
+    report = SharingReport([])
     for name, module in soft.items():
         own = module.parametrizations.weight[0]
         _own_class(module)
         parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
         clustering = _nearest(to_rows(module.weight.detach(), own.plan.layout), own)
-        report.rows.append(_describe(name, module.weight, own.plan, clustering))
+        report.lines.append(_describe(name, module.weight, own.plan, clustering))
         share_layer(module, clustering, own.plan)
     return report
 
@@ -221,10 +222,10 @@ def deep_compression(
     """
     if wrong := [name for name, p in plan.items() if p.layout != "scalar"]:
         raise ValueError(f"layout={plan[wrong[0]].layout!r} of layer {wrong[0]!r} must be 'scalar'")
-    layers, report = planned_layers(model, plan), SharingReport()
+    layers, report = planned_layers(model, plan), SharingReport([])
     found = {name: _from_grid(module.weight, plan[name]) for name, module in layers.items()}
     for name, module in layers.items():
-        report.rows.append(_describe(name, module.weight, plan[name], found[name]))
+        report.lines.append(_describe(name, module.weight, plan[name], found[name]))
         share_layer(module, found[name], plan[name], SummedWeight if summed else SharedWeight)
     return report
 

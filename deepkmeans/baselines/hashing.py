@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from .lowrank import FactorReport, _others, _row
-from ..sharing import CONVOLUTIONS, make_plan, planned_layers
+from .lowrank import FactorReport, _others, _factor_line
+from ..plan import CONVOLUTIONS, layers_of
+from ..sharing import planned_layers
 
 # %% ../../nbs/23_hashing.ipynb #hashes
 GOLDEN = 0x9E3779B97F4A7C15  # step of splitmix64: 2⁶⁴ over the golden ratio, odd
@@ -191,17 +192,17 @@ def fresh_net(
 
 # %% ../../nbs/23_hashing.ipynb #hash-layers
 def _hash_layers(model, ratio, scratch, include, exclude, seed, make):  # make(layer, shape, buckets, seed) → its weight
-    layers = planned_layers(model, make_plan(model, k=1, include=include, exclude=exclude))
+    layers = planned_layers(model, layers_of(model, include, exclude))
     budgets = _budgets(layers.values(), ratio)
     hashed = [make(layer, layer.weight.shape, budgets[i], seed + i) for i, layer in enumerate(layers.values())]
-    report, generator = FactorReport(skipped=_others(model, layers)), torch.Generator().manual_seed(seed)
+    report, generator = FactorReport([], _others(model, layers)), torch.Generator().manual_seed(seed)
     for (name, layer), weight in zip(layers.items(), hashed):
         before = layer.weight.detach().clone()
         parametrize.register_parametrization(layer, "weight", weight.to(before.device))
         if scratch:
             _draw_buckets(layer.parametrizations.weight.original, before, generator)
         error = float((layer.weight.detach() - before).square().sum() / before.square().sum().clamp(min=1e-30))
-        report.rows.append(_row(name, before, (), weight.buckets, error))
+        report.lines.append(_factor_line(name, before, (), weight.buckets, error))
     return report
 
 # %% ../../nbs/23_hashing.ipynb #budgets

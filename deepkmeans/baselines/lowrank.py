@@ -7,7 +7,7 @@ __all__ = ['FactorReport', 'RandomDictionary', 'random_dictionary', 'VBMF', 'evb
 
 # %% ../../nbs/24_lowrank.ipynb #imports
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import ceil, prod
 from typing import NamedTuple
 
@@ -17,29 +17,25 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ..accounting import FLOAT_BITS, compression
-from ..sharing import CONVOLUTIONS, as_text, make_plan, planned_layers
+from ..plan import CONVOLUTIONS, layers_of
+from ..reports import Report, as_text
+from ..sharing import planned_layers
 
 # %% ../../nbs/24_lowrank.ipynb #factor-report
-@dataclass
-class FactorReport:
-    """What a factorisation did: a dict for each layer that was factored, and the reason for each that was not."""
-    rows: list = field(default_factory=list)
-    skipped: dict = field(default_factory=dict)
+@dataclass(frozen=True)
+class FactorReport(Report):
+    """What a factorisation did to each layer that was factored, and the reason for each that was not.
 
-    @property
-    def layers(self):
-        """A pandas frame, a line a layer: ranks, numbers of weights before and after, relative error ‖W − Ŵ‖²/‖W‖²."""
-        import pandas as pd
-
-        columns = ["layer", "shape", "ranks", "weights", "factors", "error"]
-        return pd.DataFrame(self.rows, columns=columns).set_index("layer")
+    A line holds shape, ranks, numbers of weights before and after, and the relative error ‖W − Ŵ‖²/‖W‖².
+    """
+    skipped: dict
 
     def __str__(self):
         skipped = "".join(f"\nnot factored: {name} ({reason})" for name, reason in self.skipped.items())
-        return as_text(self.layers) + skipped
+        return (as_text(self.layers) if self.lines else "no layer was factored") + skipped
 
 # %% ../../nbs/24_lowrank.ipynb #row
-def _row(name, weight, ranks, factors, error):
+def _factor_line(name, weight, ranks, factors, error):
     shape = "×".join(map(str, weight.shape))
     return dict(layer=name, shape=shape, ranks=tuple(ranks), weights=weight.numel(), factors=factors, error=error)
 
@@ -94,15 +90,15 @@ def random_dictionary(
     """
     if not ratio >= 1:
         raise ValueError(f"ratio={ratio} must be at least 1")
-    layers = planned_layers(model, make_plan(model, k=1, include=include, exclude=exclude))
-    report = FactorReport(skipped=_others(model, layers))
+    layers = planned_layers(model, layers_of(model, include, exclude))
+    report = FactorReport([], _others(model, layers))
     for i, (name, layer) in enumerate(layers.items()):
         before = layer.weight.detach()
         atoms = max(1, int(before[0].numel() / ratio))
         factor = RandomDictionary(before.shape, atoms, seed + i).to(before.device, before.dtype)
         parametrize.register_parametrization(layer, "weight", factor)
         error = float((layer.weight.detach() - before).square().sum() / before.square().sum().clamp(min=1e-30))
-        report.rows.append(_row(name, before, [atoms], len(before) * atoms, error))
+        report.lines.append(_factor_line(name, before, [atoms], len(before) * atoms, error))
     return report
 
 # %% ../../nbs/24_lowrank.ipynb #vbmf
@@ -184,16 +180,16 @@ def _convolution(weight, bias=None, **geometry):  # a Conv2d with this weight; t
 
 # %% ../../nbs/24_lowrank.ipynb #factorise
 def _factorise(model, exclude, factor):  # factor(name, conv) → (factors, ranks, error), or the reason why not
-    layers = planned_layers(model, make_plan(model, k=1, include=nn.Conv2d, exclude=exclude))
+    layers = planned_layers(model, layers_of(model, nn.Conv2d, exclude))
     if "" in layers:
         raise ValueError("model is a convolution itself and cannot be replaced in place; put it into an nn.Sequential")
     made = {name: "grouped" if conv.groups > 1 else factor(name, conv) for name, conv in layers.items()}
     reasons = {name: result for name, result in made.items() if isinstance(result, str)}
-    report = FactorReport(skipped=_others(model, layers) | reasons)
+    report = FactorReport([], _others(model, layers) | reasons)
     for name in [name for name in layers if name not in reasons]:
         factors, ranks, error = made[name]
         weight = layers[name].weight
-        report.rows.append(_row(name, weight, ranks, sum(f.weight.numel() for f in factors), error))
+        report.lines.append(_factor_line(name, weight, ranks, sum(f.weight.numel() for f in factors), error))
         _put(model, name, factors.to(weight.device, weight.dtype))
     return report
 
@@ -354,7 +350,7 @@ def separable(
     energy, ratio and ranks is given, within its bounds.
     """
     _check_separable(energy, ratio, ranks)
-    planned = planned_layers(model, make_plan(model, k=1, include=nn.Conv2d, exclude=exclude))
+    planned = planned_layers(model, layers_of(model, nn.Conv2d, exclude))
     convs = {name: conv for name, conv in planned.items() if conv.groups == 1}
     svds = {name: _separable_svd(conv) for name, conv in convs.items()}
     chosen = ranks

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from .lowrank import FactorReport, _others, _row
-from ..sharing import CONVOLUTIONS, make_plan, planned_layers
+from .lowrank import FactorReport, _others, _factor_line
+from ..plan import CONVOLUTIONS, layers_of
+from ..sharing import planned_layers
 
 # %% ../../nbs/22_tensor_train.ipynb #split
 def split(
@@ -125,10 +126,10 @@ def tensorize(
     With one tuple of ranks for all layers, those whose cores would not be smaller stay. Raises `ValueError` for ranks
     under 1, of a wrong number, or of an unknown layer; the network is then unchanged.
     """
-    layers = planned_layers(model, make_plan(model, k=1, include=include, exclude=exclude))
+    layers = planned_layers(model, layers_of(model, include, exclude))
     each, given = _ranks_by_layer(ranks, layers), isinstance(ranks, dict)
     trains = {name: _train(name, layers[name].weight.shape, each[name], naive) for name in layers if name in each}
-    report, generator = FactorReport(skipped=_others(model, layers)), torch.Generator().manual_seed(seed)
+    report, generator = FactorReport([], _others(model, layers)), torch.Generator().manual_seed(seed)
     for name, layer in layers.items():
         weight = layer.weight.detach()
         if name not in trains:
@@ -139,7 +140,7 @@ def tensorize(
             report.skipped[name] = f"no smaller: {numbers:,} numbers in cores for {weight.numel():,}"
             continue
         error = _replace(layer, trains[name], generator if scratch else None)
-        report.rows.append(_row(name, weight, each[name], numbers, error))
+        report.lines.append(_factor_line(name, weight, each[name], numbers, error))
     return report
 
 # %% ../../nbs/22_tensor_train.ipynb #ranks-by-layer
