@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -114,6 +115,22 @@ def test_a_kernel_that_does_not_come_up_gets_another_try(small, tmp_path, monkey
 
 def stamps(folder):
     return {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+def test_results_of_jupyterlab_lie_in_runs_of_the_repository_and_those_of_tests_do_not(root, monkeypatch):
+    def out(given="runs"):
+        return store.given_parameters({"__annotations__": {"out": str}, "out": given})["out"]
+
+    monkeypatch.setitem(sys.modules, "ipykernel", sys)  # in a kernel
+    for folder in ("nbs", "nbs/paper"):
+        monkeypatch.chdir(root / folder)
+        assert os.path.realpath(out()) == os.path.realpath(root / "runs")
+        assert os.path.realpath(out("/somewhere")) == "/somewhere"
+    monkeypatch.chdir(root)
+    assert out() == "runs"
+    monkeypatch.chdir(root / "nbs")
+    monkeypatch.delitem(sys.modules, "ipykernel")  # as nbdev_test runs it
+    assert out() == "runs"
 
 
 def test_figures_1_and_2_at_smoke(root, tmp_path):

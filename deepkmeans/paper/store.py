@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 import warnings
 from ast import literal_eval
 from contextlib import contextmanager
@@ -47,6 +48,7 @@ def given_parameters(
 ) -> dict: # {name: value}
     """The annotated parameters of a notebook with their values.
 
+    A relative `out` counts from the root of the repository where JupyterLab runs the notebook in its own folder.
     Raises `UserError` for a name that is not one of them, and for a value of another type.
     """
     types = namespace.get("__annotations__") or namespace["__annotate__"](1)
@@ -54,7 +56,17 @@ def given_parameters(
         raise UserError(f"there is no parameter {name!r}{_hint(name, types)} The parameters are {', '.join(types)}")
     for name, kind in types.items():
         namespace[name] = _typed(name, namespace[name], kind)
+    if "out" in types:
+        namespace["out"] = _from_root(namespace["out"])
     return {name: namespace[name] for name in types}
+
+# %% ../../nbs/30_store.ipynb #from-root
+def _from_root(out):
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if folder.name == "nbs" and (folder.parent / "settings.ini").is_file() and "ipykernel" in sys.modules:
+            return os.path.relpath(folder.parent / out, here)  # an absolute `out` stays where it is
+    return out
 
 # %% ../../nbs/30_store.ipynb #not-annotated
 def _not_annotated(namespace, types):  # names of plain values, such as papermill injects
