@@ -78,6 +78,8 @@ def test_notebooks_are_committed_with_outputs_and_no_errors(root):
         outputs = [o for c in cells(path) for o in c["outputs"]]
         assert outputs, f"{path.name} has no outputs"
         assert not [o for o in outputs if o["output_type"] == "error"], path.name
+        bars = [o for o in outputs if o.get("name") == "stderr" and "\r" in "".join(o["text"])]
+        assert not bars, f"{path.name} holds progress bars"
 
 
 IMPORT = """
@@ -88,7 +90,7 @@ print(time.perf_counter() - start)
 tools = {"IPython", "nbdev", "fastcore", "execnb", "papermill", "jupyter_client"}
 libraries = {"matplotlib", "seaborn", "pandas", "faiss", "pykeops", "torchvision"}
 print(*sorted((tools | libraries) & set(sys.modules)))
-assert deepkmeans.clustering and deepkmeans.share and deepkmeans.Regularizer and deepkmeans.compression
+assert deepkmeans.kmeans and deepkmeans.share and deepkmeans.Regularizer and deepkmeans.compression
 """
 
 
