@@ -1,6 +1,5 @@
 """The command line as a user types it: mostly in this process, a few times as the installed program."""
 
-import importlib.util
 import io
 import json
 import os
@@ -151,16 +150,12 @@ def test_a_torchvision_network(here, capsys):
     assert load_compressed("squeeze.dkm")(torch.zeros(1, 3, 64, 64)).shape == (1, 4)
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("deepkmeans.allocation") is None, reason="the chapter on choosing K is not here"
-)
 def test_a_wanted_ratio_is_reached(here, capsys):
     code, out, err = run("compress lenet.safetensors --arch lenet5 --ratio 20 -o ratio.dkm --json", capsys)
     assert code == 0 and abs(json.loads(out)["ratio"] / 20 - 1) < 0.01, err
     assert compression(load_compressed("ratio.dkm"), coding="file").bits == 8 * Path("ratio.dkm").stat().st_size
 
 
-@pytest.mark.skipif(importlib.util.find_spec("deepkmeans.hardware") is None, reason="the chapter on energy is not here")
 def test_energy_of_a_file_and_of_a_name(here, capsys):
     run("compress lenet.safetensors --arch lenet5 --K 8 -o out.dkm", capsys)
     named, file = (json.loads(run(f"energy {what} --json", capsys)[1]) for what in ("--arch lenet5", "out.dkm"))

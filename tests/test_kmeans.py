@@ -1,6 +1,5 @@
 """Properties of the k-means engine that hold for every back end."""
 
-import importlib
 import os
 import subprocess
 import sys
@@ -15,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.cluster import KMeans as Reference
 
+from deepkmeans import clustering
 from deepkmeans.clustering import BACKENDS, KMeans, decode, encode, kmeans
 
-module = importlib.import_module("deepkmeans.clustering")  # deepkmeans.clustering is the function
 GENERAL = ("torch", "faiss", "tree")
 few_seconds = settings(max_examples=40, deadline=None, derandomize=True)
 
@@ -155,10 +154,12 @@ def test_plusplus_is_as_good_as_scikit_learns():
         return float(encode(rows, torch.as_tensor(centres))[1].sum())
 
     theirs = np.mean([cost(kmeans_plusplus(rows.numpy(), 60, random_state=s)[0]) for s in range(12)])
-    space = module._space(rows)
+    space = clustering._space(rows)
     for x in (rows, rows.repeat(10, 1)):  # plain, and from a million pairs on the tree
-        space = module._space(x)
-        ours = np.mean([cost(x[module._seed_plusplus(space, 60, torch.Generator().manual_seed(s))]) for s in range(12)])
+        space = clustering._space(x)
+        ours = np.mean(
+            [cost(x[clustering._seed_plusplus(space, 60, torch.Generator().manual_seed(s))]) for s in range(12)]
+        )
         assert ours == pytest.approx(theirs, rel=0.05)
 
 
@@ -167,7 +168,7 @@ def test_seeding_follows_the_weights(k):
     rows = torch.cat([normal(1000, 3), normal(1000, 3) + 100])
     weight = torch.cat([torch.ones(1000), torch.full((1000,), 1e-9)])
     first = [
-        int(module._seed_plusplus(module._space(rows, weight.double()), k, torch.Generator().manual_seed(s))[0])
+        int(clustering._seed_plusplus(clustering._space(rows, weight.double()), k, torch.Generator().manual_seed(s))[0])
         for s in range(8)
     ]
     assert max(first) < 1000
@@ -306,7 +307,7 @@ def test_encode_refuses_a_codebook_of_another_length():
 
 @pytest.fixture
 def without(monkeypatch):
-    return lambda *packages: monkeypatch.setattr(module, "_available", lambda p: p not in packages)
+    return lambda *packages: monkeypatch.setattr(clustering, "_available", lambda p: p not in packages)
 
 
 @pytest.mark.parametrize("backend, package", [("faiss", "faiss"), ("tree", "numba")])
@@ -329,11 +330,11 @@ HANG = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import ti
 
 @pytest.fixture
 def keops(tmp_path, monkeypatch):  # a library in the place of KeOps
-    monkeypatch.setattr(module.tempfile, "gettempdir", lambda: str(tmp_path))
-    monkeypatch.setattr(module, "version", lambda package: "0")
+    monkeypatch.setattr(clustering.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(clustering, "version", lambda package: "0")
     monkeypatch.delenv("KEOPS_CACHE_FOLDER", raising=False)
     monkeypatch.syspath_prepend(tmp_path)
-    module._keops_fault.cache_clear()
+    clustering._keops_fault.cache_clear()
 
     def replace(source):
         (tmp_path / "pykeops").mkdir(exist_ok=True)
@@ -342,7 +343,7 @@ def keops(tmp_path, monkeypatch):  # a library in the place of KeOps
         )
 
     yield replace
-    module._keops_fault.cache_clear()
+    clustering._keops_fault.cache_clear()
     monkeypatch.delenv("KEOPS_CACHE_FOLDER", raising=False)
 
 
@@ -358,12 +359,12 @@ def keops(tmp_path, monkeypatch):  # a library in the place of KeOps
 )
 def test_keops_that_does_not_work_stays_in_a_child(keops, tmp_path, monkeypatch, source, said):
     keops(source)
-    monkeypatch.setattr(module, "_PATIENCE", 6)
+    monkeypatch.setattr(clustering, "_PATIENCE", 6)
     rows, began = normal(200, 3), time.monotonic()
     for _ in range(2):  # the second from what the first kept
         with pytest.warns(UserWarning, match=f"backend='keops' does not work here .{said}.*using 'torch'"):
             found = encode(rows, rows[:9], backend="keops")
-        module._keops_fault.cache_clear()
+        clustering._keops_fault.cache_clear()
     assert torch.equal(found[0], encode(rows, rows[:9], backend="torch")[0]) and time.monotonic() - began < 30
     assert (tmp_path / "tried").read_text() == ".", "one process has tried it, once"
 
@@ -395,7 +396,7 @@ for n, k, d in ((300, 70, 3), (1, 2, 1), (65, 64, 9), (130, 129, 27), (50, 3, 64
     for top in (1, 2):
         assert torch.equal(nearest(rows, centres, top), least[:, :top]), (n, k, d, top)
 rows = torch.randn(400, 3, generator=draw)
-ours, theirs = (deepkmeans.clustering(rows, 30, backend=backend) for backend in ("triton", "torch"))
+ours, theirs = (deepkmeans.kmeans(rows, 30, backend=backend) for backend in ("triton", "torch"))
 assert ours.inertia == theirs.inertia and torch.equal(ours.codes, theirs.codes)
 twice = torch.tensor([[2.0], [1.0], [1.0], [3.0]])
 assert nearest(torch.tensor([[1.1]]), twice, 2).sort().values.tolist() == [[1, 2]]
@@ -482,13 +483,13 @@ def test_the_input_is_left_alone():
 
 def test_no_large_distance_matrix(monkeypatch):
     """`torch` never holds more of the n×k matrix than it states."""
-    sizes, least = [], module._least
+    sizes, least = [], clustering._least
     monkeypatch.setattr(
-        module, "_least", lambda distances, top: sizes.append(distances.nbytes) or least(distances, top)
+        clustering, "_least", lambda distances, top: sizes.append(distances.nbytes) or least(distances, top)
     )
     rows = normal(30_000, 3)
     kmeans(rows, 300, max_iter=3, backend="torch", init="random")
-    assert max(sizes) <= module.CACHE and sum(sizes) >= 3 * 4 * 300 * 30_000
+    assert max(sizes) <= clustering.CACHE and sum(sizes) >= 3 * 4 * 300 * 30_000
 
 
 def test_importing_the_package_loads_no_heavy_library():

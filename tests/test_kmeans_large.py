@@ -1,6 +1,5 @@
 """Rows that do not fit in memory, or lie in several processes; few centres and many."""
 
-import importlib
 import subprocess
 import sys
 
@@ -8,16 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from deepkmeans import kernels
+from deepkmeans import clustering, kernels
 from deepkmeans.clustering import kmeans
 
-module = importlib.import_module("deepkmeans.clustering")  # deepkmeans.clustering is the function
 
 STREAMED = """
-import importlib, resource, sys
+import resource, sys
 import torch
-module = importlib.import_module("deepkmeans.clustering")
-module.IN_MEMORY, kmeans, _backend = 2**26, module.kmeans, module._backend
+from deepkmeans import clustering
+clustering.IN_MEMORY, kmeans, _backend = 2**26, clustering.kmeans, clustering._backend
 kmeans(torch.randn(5000, 32), 4, backend="faiss")  # so that the libraries have their buffers
 rows = torch.from_file(sys.argv[1], size=1_000_000 * 32).view(-1, 32)
 in_use = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData")) * 1024
@@ -55,7 +53,7 @@ def test_rows_larger_than_the_memory(tmp_path):
 def test_seeding_from_a_sample_says_so(monkeypatch):
     rows = torch.randn(20_000, 3, generator=torch.Generator().manual_seed(0))
     whole = kmeans(rows, 10)
-    monkeypatch.setattr(module, "IN_MEMORY", 2**17)
+    monkeypatch.setattr(clustering, "IN_MEMORY", 2**17)
     with pytest.warns(UserWarning, match=r"the 20,000 rows do not fit .* a random sample of 1,489"):
         assert kmeans(rows, 10).inertia < 1.1 * whole.inertia
 

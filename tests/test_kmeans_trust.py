@@ -3,7 +3,6 @@
 Right codes, right precision, the optimum where it says exact, and the manners of its surroundings.
 """
 
-import importlib
 import os
 import subprocess
 import sys
@@ -15,9 +14,9 @@ import pytest
 import torch
 from sklearn.cluster import KMeans as Reference
 
+from deepkmeans import clustering
 from deepkmeans.clustering import KMeans, encode, kmeans
 
-module = importlib.import_module("deepkmeans.clustering")  # deepkmeans.clustering is the function
 GENERAL = ("torch", "faiss", "tree")
 EVERY = pytest.mark.parametrize("backend", GENERAL)
 
@@ -201,16 +200,16 @@ def test_labels_are_nearest_to_the_centres_of_the_estimator(stop):
 @EVERY
 def test_a_centre_that_the_last_assignment_empties_moves_to_the_worst_row(backend, monkeypatch):
     """Means of a first assignment at random: 40 centres in the middle of all rows, and most lose all their rows."""
-    rows, emptied, donors = normal(400, 2), [], module._donors
+    rows, emptied, donors = normal(400, 2), [], clustering._donors
     monkeypatch.setattr(
-        module,
+        clustering,
         "_donors",
         lambda space, codebook, codes, count: emptied.append(count) or donors(space, codebook, codes, count),
     )
-    space = module._space(rows)
+    space = clustering._space(rows)
     codes = torch.randint(0, 40, (400,), generator=torch.Generator().manual_seed(0))
-    means, codes, _ = module._update(space, codes, 40)
-    codebook, codes = module._settled(space, module._returned(space, means, codes), codes, backend)
+    means, codes, _ = clustering._update(space, codes, 40)
+    codebook, codes = clustering._settled(space, clustering._returned(space, means, codes), codes, backend)
     assert emptied and torch.bincount(codes, minlength=40).min() > 0 and len(codebook) == 40
     assert torch.equal(codes, true_codes(rows, codebook))
 
@@ -392,7 +391,7 @@ def test_what_keops_compiles_goes_into_a_folder_of_this_user_alone(tmp_path, pla
     if planted == "another's":
         monkeypatch.setattr(os, "getuid", lambda: path.stat().st_uid + 1)
     with pytest.raises(PermissionError, match="is not a folder that is this user's"):
-        module._own_folder(path)
+        clustering._own_folder(path)
     monkeypatch.undo()
-    fresh = module._own_folder(tmp_path / "fresh")
-    assert module._own_folder(fresh) == fresh and fresh.stat().st_mode & 0o777 == 0o700
+    fresh = clustering._own_folder(tmp_path / "fresh")
+    assert clustering._own_folder(fresh) == fresh and fresh.stat().st_mode & 0o777 == 0o700
