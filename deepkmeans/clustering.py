@@ -768,6 +768,15 @@ def _with_zero(rest, rows, weight, pinned):  # the zero centre in front of the c
     codebook = torch.cat([rest.codebook.new_zeros(1, rows.shape[1]), rest.codebook])  # (k, d)
     return Clustering(codebook, codes, rest.inertia + float(_total(cost)), rest.n_iter)
 
+# %% ../nbs/01_clustering.ipynb #tries
+def _tries(init, n_init):
+    if isinstance(init, str):
+        return n_init
+    if n_init > 1:
+        what = "Explicit initial center position passed: performing only one init"
+        warnings.warn(f"{what} instead of n_init={n_init}", RuntimeWarning, stacklevel=4)
+    return 1
+
 # %% ../nbs/01_clustering.ipynb #kmeans
 def kmeans(
     rows, # (n, d) real numbers to cluster: a tensor on any device, an array, a data frame
@@ -778,7 +787,7 @@ def kmeans(
     sample_weight=None, # (n,) weights greater than 0; None: all 1
     max_iter: int = 100, # at most so many iterations of Lloyd
     tol: float = 1e-4, # end when the centres' squared moves sum to tol times the rows' variance
-    n_init: int = 1, # seedings to try; the clustering of least inertia is kept
+    n_init: int = 1, # seedings to try; the clustering of least inertia is kept; a codebook as `init` is only one
     backend: str = "auto", # one of BACKENDS; "exact" (d = 1) finds the optimum and needs no start
     seed=0, # an int, or a torch.Generator to draw from
     group=None, # a torch.distributed process group, a part of the rows in each process; needs a codebook as `init`
@@ -811,7 +820,7 @@ def kmeans(
 
     def best(x, w, k, init):
         space = _space(x, w, group, None if isinstance(init, str) else init)
-        tries = n_init if isinstance(init, str) and backend != "exact" else 1
+        tries = 1 if backend == "exact" else _tries(init, n_init)
         found = (_fit(space, k, init, max_iter, tol, backend, generator) for _ in range(tries))
         found = min(found, key=lambda clustering: clustering.inertia)
         return found._replace(inertia=space.plain(found.inertia))
@@ -904,6 +913,23 @@ def _counted(rows, weight, least):
         return order, weight[order]
     return order[new], _sums(weight[order], new.cumsum(0) - 1, int(new.sum()))
 
+# %% ../nbs/01_clustering.ipynb #check-centres
+def _check_centres(init, k, d):  # given centres, in scikit-learn's words
+    if isinstance(init, str):
+        return
+    shape = tuple(_tensor(init, "init").shape)
+    for axis, wanted, what in ((0, k, "number of clusters"), (1, d, "number of features of the data")):
+        if len(shape) != 2 or shape[axis] != wanted:
+            raise ValueError(f"The shape of the initial centers {shape} does not match the {what} {wanted}.")
+
+# %% ../nbs/01_clustering.ipynb #warn-of-fewer
+def _warn_of_fewer(found, wanted):
+    if found < wanted:
+        from sklearn.exceptions import ConvergenceWarning
+
+        message = f"Number of distinct clusters ({found}) found smaller than n_clusters ({wanted})."
+        warnings.warn(f"{message} Possibly due to duplicate points in X.", ConvergenceWarning, stacklevel=3)
+
 # %% ../nbs/01_clustering.ipynb #sklearn
 class KMeans(_Parameters):
     """k-means as a scikit-learn estimator; the parameters are those of `kmeans`."""
@@ -934,12 +960,14 @@ class KMeans(_Parameters):
         """The estimator itself, with cluster_centers_, labels_, inertia_, n_iter_ and n_features_in_ set."""
         rows = _fitted_rows(self, X, reset=True)
         weight = _fitted_weight(sample_weight, rows)
+        _check_centres(self.init, self.n_clusters, rows.shape[1])
         if (weight > 0).sum() < self.n_clusters:
             raise ValueError(f"n_samples={int((weight > 0).sum())} should be >= n_clusters={self.n_clusters}")
         least = len(rows) + 1 if self.pinned_zero else self.n_clusters
         used, mass = _counted(rows, weight, least)  # (number of rows that count,)
         options = {name: value for name, value in self.get_params().items() if name != "n_clusters"}
         found = kmeans(rows[used], self.n_clusters, sample_weight=None if (mass == 1).all() else mass, **options)
+        _warn_of_fewer(len(found.codebook), self.n_clusters)
         labels, squares = encode(rows, found.codebook)  # (n,)
         if self.pinned_zero:
             labels[used] = found.codes
@@ -955,7 +983,7 @@ class KMeans(_Parameters):
 
             raise NotFittedError("This KMeans instance is not fitted yet. Call 'fit' first.")
         rows = _fitted_rows(self, X, reset=False)
-        return rows, torch.as_tensor(self.cluster_centers_).to(rows.device)
+        return rows, _tensor(self.cluster_centers_, "cluster_centers_").to(rows.device)
 
     def predict(
         self,

@@ -7,6 +7,7 @@ __all__ = ['SCHEDULES', 'AUXILIARY', 'TEMPERATURE', 'TAUGHT', 'SHOWN_EVERY', 'he
            'classification_loss', 'distillation_loss', 'train']
 
 # %% ../nbs/05_retrain.ipynb #imports
+import hashlib
 import json
 from collections.abc import Mapping
 from math import cos, isnan, pi
@@ -236,6 +237,14 @@ def _show(sums, began, steps, step, bar):  # → mean loss, penalty and share of
     bar.set_postfix(loss=f"{loss:.3f}", acc=f"{100 * right:.1f}%", img_s=f"{images / (perf_counter() - began):.0f}")
     return loss, penalty, right
 
+# %% ../nbs/05_retrain.ipynb #fingerprint
+def _fingerprint(batches):  # of a list of (images, labels)
+    digest = hashlib.sha256()
+    for tensor in (tensor.detach().cpu().contiguous() for batch in batches for tensor in batch):
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
 # %% ../nbs/05_retrain.ipynb #check
 def _checked(model, loader, epochs, lr, schedule, regularizer):
     if schedule not in SCHEDULES:
@@ -251,8 +260,10 @@ def _checked(model, loader, epochs, lr, schedule, regularizer):
             raise ValueError(f"regularizer was made for another network: its layer {name!r} is none of this model's")
 
 
-def _about(loader):  # what a loader says of its data
+def _about(loader):  # what a loader says of its data; of a list, all of it
     size, data = (getattr(loader, name, None) for name in ("batch_size", "fingerprint"))
+    if isinstance(loader, (list, tuple)):
+        data = _fingerprint(loader)
     return dict(batches=len(loader), batch_size=size, data=data)
 
 
@@ -312,12 +323,14 @@ def train(
     A model in eval mode is put into training mode; in one that is training, modules that were set to eval stay so.
     With `checkpoint`, a run that was killed goes on from its last epoch and ends, bit for bit on a CPU, where an
     uninterrupted one does. Raises `ValueError` for bad settings, a regularizer of another model, or a checkpoint of
-    other settings, plan or data; `FloatingPointError` when the loss becomes NaN.
+    other settings, plan or data (which lists hold, and loaders tell that have a `fingerprint`); `FloatingPointError`
+    when the loss becomes NaN.
     """
     _checked(model, loader, epochs, lr, schedule, regularizer)
     about = regularizer.settings() if regularizer else None
+    data = None if checkpoint is None else _about(loader)
     settings = dict(epochs=epochs, lr=float(lr), schedule=schedule, momentum=momentum, weight_decay=weight_decay,
-                    amp=amp, seed=seed, teacher=teacher is not None, loader=_about(loader), regularizer=about)
+                    amp=amp, seed=seed, teacher=teacher is not None, loader=data, regularizer=about)
     optimizer = torch.optim.SGD(model.parameters(), lr=float(lr), momentum=momentum, weight_decay=weight_decay)
     history = _resume(checkpoint, settings, model, optimizer, regularizer)
     total = epochs * len(loader)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,7 @@ from deepkmeans import (
 from deepkmeans.codec import MAX_HEADER, MAX_NAMES, decoded_bytes, file_bytes, _read
 from deepkmeans.files import write_file
 from deepkmeans.clustering import Clustering
+from deepkmeans.models import _seeded
 from deepkmeans.rows import row_length
 from deepkmeans.plan import CONVOLUTIONS
 from deepkmeans.sharing import share_layer, shared_layers
@@ -140,7 +142,7 @@ def test_what_comes_back_is_what_was_saved(name, tmp_path):
 BUILDERS, QUICK = models.list_models(module=models), ("mnasnet0_5", "regnet_y_400mf", "swin_t")
 all_of_them = pytest.mark.skipif(
     "DEEPKMEANS_ALL" not in os.environ,
-    reason="a quarter of an hour and 10 GB of memory: DEEPKMEANS_ALL=1 pytest tests/test_codec.py -k classifier",
+    reason="minutes of a free core and 10 GB of memory: DEEPKMEANS_ALL=1 pytest tests/test_codec.py -k torchvision",
 )
 
 
@@ -158,6 +160,39 @@ def test_every_classifier_of_torchvision_comes_back_bit_for_bit(name, tmp_path):
     if sum(map(torch.numel, net.parameters())) < 1e8:
         with torch.no_grad():
             assert torch.equal(net.eval()(torch.ones(1, 3, 224, 224)), back(torch.ones(1, 3, 224, 224)))
+
+
+OTHERS = [name for name in models.list_models() if name not in BUILDERS]  # detection, segmentation, video, flow …
+QUICK += ("lraspp_mobilenet_v3_large", "ssdlite320_mobilenet_v3_large", "quantized_mobilenet_v2")
+
+
+def theirs(name):  # without what it was trained with, every tensor filled with numbers that differ
+    builder = models.get_model_builder(name)
+    backbone = {"weights_backbone": None} if "weights_backbone" in signature(builder).parameters else {}
+    with _seeded(None):
+        net = builder(weights=None, **backbone)
+    net = net.to_empty(device="cpu")
+    for i, tensor in enumerate(net.state_dict().values()):
+        tensor.copy_((torch.arange(tensor.numel()) % 97 + i).reshape(tensor.shape))
+    return net
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in QUICK else all_of_them) for name in OTHERS])
+def test_every_other_network_of_torchvision_goes_into_a_file_and_back_into_its_like(name, tmp_path):
+    with pytest.raises(ValueError, match="or a classifier that torchvision.models.list_models") as error:
+        build(f"torchvision:{name}")
+    assert "\n" not in str(error.value)
+    net, path = theirs(name), tmp_path / "net.dkm"
+    share_at_random(net, dict(list(make_plan(net, k=5, sparsity=0.3).items())[:4]))
+    save_compressed(net, path)
+    with pytest.raises(CompressedFileError, match="names no architecture"):
+        load_compressed(path)
+    like = theirs(name)
+    for tensor in like.state_dict().values():
+        tensor.zero_()
+    before, after = net.state_dict(), load_compressed(path, like, max_bytes=2**33).state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(v, after[k]) for k, v in before.items())
 
 
 def test_odd_networks_come_back(tmp_path):

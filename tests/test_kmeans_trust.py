@@ -355,6 +355,32 @@ def test_its_output_is_a_data_frame_where_that_is_asked_for():
         assert isinstance(KMeans(4).fit_transform(frame), pd.DataFrame)
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_fitted_estimator_may_be_read_only():  # as joblib hands it to other processes
+    fitted = KMeans(4).fit(ARRAY)
+    before = fitted.predict(ARRAY), fitted.transform(ARRAY)
+    fitted.cluster_centers_.flags.writeable = False
+    assert np.array_equal(fitted.predict(ARRAY), before[0]) and np.array_equal(fitted.transform(ARRAY), before[1])
+
+
+@pytest.mark.parametrize("cluster", [kmeans, lambda rows, k, **options: KMeans(k, **options).fit(rows)])
+def test_seedings_beside_a_given_codebook_are_warned_of(cluster):
+    with pytest.warns(RuntimeWarning, match="performing only one init instead of n_init=3"):
+        cluster(ARRAY, 6, init=ARRAY[:6], n_init=3)
+
+
+def test_fewer_clusters_than_wanted_are_warned_of_and_centres_of_another_shape_refused():
+    from sklearn.exceptions import ConvergenceWarning
+
+    with pytest.warns(
+        ConvergenceWarning, match=r"Number of distinct clusters \(2\) found smaller than n_clusters \(3\)"
+    ):
+        assert KMeans(3).fit(ARRAY[[0, 0, 1]]).cluster_centers_.shape == (2, 3)
+    for init, what in ((ARRAY[:2], "clusters 6"), (ARRAY[:6, :2], "features of the data 3"), (ARRAY[0], "clusters 6")):
+        with pytest.raises(ValueError, match=f"shape of the initial centers .* does not match the number of {what}"):
+            KMeans(6, init=init).fit(ARRAY)
+
+
 # --- the surroundings ----------------------------------------------------------------------------------------------
 
 READ_ONLY_INSTALLATION = """

@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 import deepkmeans as dk
 from deepkmeans.paper import store, suite, tables
@@ -308,6 +309,59 @@ def test_changed_images_under_the_same_path_are_another_run(tmp_path):
     same = dict(data=str(tmp_path / "images"))
     assert store.run_id(same, before.fingerprint) != store.run_id(same, after.fingerprint)
     assert store.run_id(same, before.fingerprint) == store.run_id(same, before.fingerprint)
+
+
+def test_a_list_of_other_batches_is_other_data_too(tmp_path):
+    images, labels = torch.randn(8, 1, 28, 28), torch.arange(8) % 2
+    common = dict(epochs=1, lr=0.01, checkpoint=tmp_path / "run.safetensors", progress=False)
+
+    def cut(images, size):
+        return list(zip(images.split(size), labels.split(size)))
+
+    history = dk.train(dk.build("lenet5", 2), cut(images, 4), **common)
+    assert dk.train(dk.build("lenet5", 2), cut(images, 4), **common) == history
+    for batches in (cut(images + 1, 4), cut(images, 2)):
+        with pytest.raises(ValueError, match="other settings: loader="):
+            dk.train(dk.build("lenet5", 2), batches, **common)
+
+
+BROKEN = {
+    "brackets without end": b"[" * 100_000,
+    "a number of 5,000 digits": b'{"K": ' + b"1" * 5000 + b"}",
+    "a list": b"[]",
+    "half a record": b'{"parameters": {',
+    "bytes that are no text": b"\xff\xfe",
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_one_broken_record_is_named_and_does_not_block_the_store(what, tmp_path):
+    store.save_record(tmp_path / "good", {"parameters": {"K": 4}, "id": "good"})
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "record.json").write_bytes(BROKEN[what])
+    with pytest.warns(UserWarning, match="bad/record.json is no record of a run"):
+        assert [record["id"] for record in store.read_records(tmp_path)] == ["good"]
+
+
+@pytest.mark.parametrize("checkpoint", ["/dev/zero", "pipe", 5, {"a": 1}, ["a"], "x" * 5000, "a\0b", "huge"])
+def test_a_record_may_name_anything_as_its_checkpoint(checkpoint, tmp_path):
+    cell = nbformat.v4.new_code_cell("x: int = 1\ncheckpoint: str = ''", metadata={"tags": ["parameters"]})
+    job = tmp_path / "job.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), job)
+    os.mkfifo(tmp_path / "pipe")
+    with open(tmp_path / "huge", "wb") as file:
+        file.truncate(2**42)  # four terabytes of nothing
+    if checkpoint in ("pipe", "huge"):
+        checkpoint = str(tmp_path / checkpoint)
+    wanted = {"x": 1, "checkpoint": ""}
+    store.save_record(tmp_path / "bad", {"parameters": {**wanted, "checkpoint": checkpoint}})
+    store.save_record(tmp_path / "good", {"parameters": wanted, "id": "good"})
+    assert store.lookup(job, [{}, {"x": 2}], [tmp_path])[0]["id"] == "good"
+    if not str(checkpoint).endswith("huge"):  # which takes its time where a run of the suite names a file
+        (tmp_path / "start").write_bytes(b"weights")
+        start = {"checkpoint": str(tmp_path / "start")}
+        store.save_record(tmp_path / "started", {"parameters": {**wanted, **start}, "id": "started"})
+        assert store.lookup(job, [start], [tmp_path])[0]["id"] == "started"
 
 
 def test_repeated_runs_start_from_one_baseline_and_differ_afterwards(root, tmp_path):

@@ -103,13 +103,28 @@ def run_id(
     plain = {name: value for name, value in parameters.items() if name not in PLACES}
     if fingerprint:
         plain["fingerprint"] = fingerprint
-    if plain.get("checkpoint") and Path(plain["checkpoint"]).is_file():  # neither a device nor a pipe
-        plain["checkpoint"] = _digest(Path(plain["checkpoint"]).read_bytes())
+    if _is_file(plain.get("checkpoint")):
+        plain["checkpoint"] = _file_digest(plain["checkpoint"])
     return _digest(json.dumps(plain, sort_keys=True).encode())
 
 # %% ../../nbs/30_store.ipynb #digest
 def _digest(data):
     return hashlib.sha256(data).hexdigest()[:12]
+
+# %% ../../nbs/30_store.ipynb #is-file
+def _is_file(path):  # neither a device nor a pipe
+    try:
+        return isinstance(path, (str, os.PathLike)) and Path(path).is_file()
+    except OSError:  # a name that is too long
+        return False
+
+# %% ../../nbs/30_store.ipynb #file-digest
+def _file_digest(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()[:12]
 
 # %% ../../nbs/30_store.ipynb #baseline-file
 NETWORKS = Path(str(files("deepkmeans"))).parent / "figures" / "networks"  # trained baselines of a clone
@@ -194,7 +209,7 @@ def _texts(store):  # (text, where it stands) for each record
 def _record(text, where):  # None where the text is no record
     try:
         record = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # no JSON, or numbers and brackets without end
         record = None
     if isinstance(record, dict):
         return record
@@ -252,12 +267,16 @@ def lookup(
     have, or of another type.
     """
     defaults = notebook_parameters(notebook)
-    wanted = [run_id(complete_parameters(defaults, parameters)) for parameters in suite]
+    complete = [complete_parameters(defaults, parameters) for parameters in suite]
+    wanted = [run_id(parameters) for parameters in complete]
+    resumed = any(parameters.get("checkpoint") for parameters in complete)
     found = {}
     for store in reversed(stores):
         for record in read_records(store):
-            if isinstance(record.get("parameters"), dict):
-                found[run_id({**defaults, **record["parameters"]})] = record
+            parameters = record.get("parameters")
+            if not isinstance(parameters, dict) or parameters.get("checkpoint") and not resumed:
+                continue  # nobody reads a checkpoint that no run of the suite has
+            found[run_id({**defaults, **parameters})] = record
     return [found.get(identity) for identity in wanted]
 
 # %% ../../nbs/30_store.ipynb #collect
