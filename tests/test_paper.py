@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import nbformat
 import pytest
 import torch
 
@@ -75,7 +76,6 @@ save_record(f"{out}/{run_id(dict(x=x))}", dict(parameters=dict(x=x), y=x * x, pi
 
 @pytest.fixture
 def small(tmp_path):
-    import nbformat
 
     book = nbformat.v4.new_notebook(
         metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
