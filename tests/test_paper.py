@@ -74,12 +74,12 @@ save_record(f"{out}/{run_id(dict(x=x))}", dict(parameters=dict(x=x), y=x * x, pi
 """
 
 
+PYTHON = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
+
+
 @pytest.fixture
 def small(tmp_path):
-
-    book = nbformat.v4.new_notebook(
-        metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
-    )
+    book = nbformat.v4.new_notebook(metadata=PYTHON)
     book.cells = [
         nbformat.v4.new_code_cell("x: int = 1\nout: str = 'runs'", metadata={"tags": ["parameters"]}),
         nbformat.v4.new_code_cell(SMALL),
@@ -347,7 +347,7 @@ def test_one_broken_record_is_named_and_does_not_block_the_store(what, tmp_path)
 def test_a_record_may_name_anything_as_its_checkpoint(checkpoint, tmp_path):
     cell = nbformat.v4.new_code_cell("x: int = 1\ncheckpoint: str = ''", metadata={"tags": ["parameters"]})
     job = tmp_path / "job.ipynb"
-    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), job)
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata=PYTHON), job)
     os.mkfifo(tmp_path / "pipe")
     with open(tmp_path / "huge", "wb") as file:
         file.truncate(2**42)  # four terabytes of nothing
