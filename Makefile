@@ -16,7 +16,7 @@ test: .venv
 	$(ONE_THREAD) $(BIN)/nbdev_test --n_workers 2
 	$(ONE_THREAD) $(BIN)/pytest -n 2 --dist loadfile
 
-# Some tests with the lowest versions that pyproject.toml declares, in .venv-lowest
+# Some tests with the lowest versions that pyproject.toml declares, in an environment that is removed afterwards
 lowest:
 	PYTHON=$(PYTHON) .ci/lowest
 
