@@ -7,7 +7,7 @@ named = $(shell echo $(1) | tr A-Z a-z | sed -E 's/(^|_)k$$/\1K/')
 PARAMETERS = $(foreach v,$(GIVEN),-p $(call named,$(v)) '$($(v))')
 ONE_THREAD := OMP_NUM_THREADS=1
 
-.PHONY: retrain test paper bench lenet lab export docs docs-serve
+.PHONY: retrain test lowest paper bench lenet lab export docs docs-serve
 retrain: .venv
 	$(BIN)/deepkmeans retrain $(foreach v,$(GIVEN),'$(call named,$(v))=$($(v))')
 
@@ -15,6 +15,10 @@ test: .venv
 	$(BIN)/ruff check
 	$(ONE_THREAD) $(BIN)/nbdev_test --n_workers 2
 	$(ONE_THREAD) $(BIN)/pytest -n 2 --dist loadfile
+
+# Some tests with the lowest versions that pyproject.toml declares, in an environment that is removed afterwards
+lowest:
+	PYTHON=$(PYTHON) .ci/lowest
 
 lenet: .venv
 	$(BIN)/papermill nbs/paper/lenet_regularizers.ipynb runs/lenet_regularizers.ipynb --log-output --no-progress-bar -p execute True -p save True

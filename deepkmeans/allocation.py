@@ -55,7 +55,8 @@ def fisher(
 
 # %% ../nbs/08_allocation.ipynb #scores
 def _scores(model, x, weights, generator):  # for each weight: gradient of −log p(y|x), y drawn, summed over the batch
-    logits = heads(model(x.to(weights[0].device)))[0].float()  # (b, classes)
+    x = x.to(weights[0].device)
+    logits = heads(model(x.clone() if x.is_inference() else x))[0].float()  # (b, classes)
     y = torch.multinomial(logits.detach().softmax(1).cpu(), 1, generator=generator)[:, 0]  # (b,)
     loss = F.cross_entropy(logits, y.to(logits.device), reduction="sum")
     return torch.autograd.grad(loss, weights, allow_unused=True)

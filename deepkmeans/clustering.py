@@ -582,6 +582,8 @@ def _tensor(values, name):
         return values.detach()
     try:
         array = np.asarray(values)
+        if array.dtype == object:  # as of a frame whose columns have several types, or of one that may lack values
+            array = array.astype(np.float64)
         array = np.ascontiguousarray(array, array.dtype.newbyteorder("="))
         return torch.from_numpy(np.asarray(_View(array)))
     except (TypeError, ValueError, RuntimeError) as error:

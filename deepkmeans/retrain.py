@@ -272,6 +272,14 @@ def _begin_epoch(loader, epoch):  # order and augmentation of this library's loa
         if hasattr(holder, "set_epoch"):
             holder.set_epoch(epoch)
 
+# %% ../nbs/05_retrain.ipynb #plain
+def _plain(settings):  # as JSON gives them back
+    return json.loads(json.dumps(settings, default=_plain_value))
+
+
+def _plain_value(value):  # numbers of NumPy or PyTorch as Python's; whatever else a loader says of itself as text
+    return value.tolist() if hasattr(value, "tolist") else str(value)
+
 # %% ../nbs/05_retrain.ipynb #state
 def _state(model, optimizer, regularizer):  # all that a resumed run needs, {what: {name: tensor}}
     return {"model": model.state_dict(), "optimizer": _optimizer_tensors(optimizer),
@@ -329,9 +337,10 @@ def train(
     _checked(model, loader, epochs, lr, schedule, regularizer)
     about = regularizer.settings() if regularizer else None
     data = None if checkpoint is None else _about(loader)
-    settings = dict(epochs=epochs, lr=float(lr), schedule=schedule, momentum=momentum, weight_decay=weight_decay,
-                    amp=amp, seed=seed, teacher=teacher is not None, loader=data, regularizer=about)
-    optimizer = torch.optim.SGD(model.parameters(), lr=float(lr), momentum=momentum, weight_decay=weight_decay)
+    settings = _plain(dict(epochs=epochs, lr=lr, schedule=schedule, momentum=momentum, weight_decay=weight_decay,
+                           amp=amp, seed=seed, teacher=teacher is not None, loader=data, regularizer=about))
+    epochs, lr, seed = (settings[name] for name in ("epochs", "lr", "seed"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay)
     history = _resume(checkpoint, settings, model, optimizer, regularizer)
     total = epochs * len(loader)
     scheduler = _scheduler(optimizer, SCHEDULES[schedule], total, len(history) * len(loader))

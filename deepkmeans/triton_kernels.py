@@ -31,7 +31,7 @@ def _nearest(rows, centres, codes, n, k, D: tl.constexpr, TOP: tl.constexpr, M: 
             square += gap * gap
         nearer = square < least
         if TOP == 2:
-            between = (square < second) & ~nearer
+            between = (square < second) & (square >= least)
             second = tl.where(nearer, least, tl.where(between, square, second))
             second_turn = tl.where(nearer, turn, tl.where(between, start, second_turn))
         least = tl.where(nearer, square, least)

@@ -124,7 +124,8 @@ def test_logits_are_found_in_dictionaries_and_tuples_frozen_or_not_and_without_g
     net.net[1].eval()
     for surrounding in (torch.no_grad(), torch.inference_mode(), torch.enable_grad()):
         with surrounding:
-            information = dk.fisher(net, data, ["net.0", "net.8", "aux"], images=8)
+            copied = [(data[0][0].clone(), None)]  # under inference_mode a tensor that knows no gradients
+            information = dk.fisher(net, copied, ["net.0", "net.8", "aux"], images=8)
         assert (
             torch.equal(information["net.0"], plain["0"])
             and torch.equal(information["net.8"], plain["8"])

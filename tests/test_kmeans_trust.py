@@ -268,6 +268,8 @@ SAME = {
     "in columns": np.asfortranarray(ARRAY),
     "frame": pd.DataFrame(ARRAY),
     "frame of integers": pd.DataFrame(ARRAY.astype(int)),
+    "frame of several types": pd.DataFrame(ARRAY).astype({0: "Int16", 1: "Float64"}),
+    "objects": ARRAY.astype(object),
     "list": ARRAY.tolist(),
     "tensor of integers": torch.from_numpy(ARRAY).to(torch.int32),
     "with gaps": np.repeat(ARRAY, 2, 0)[::2],

@@ -159,6 +159,15 @@ def test_environment_and_pyproject_agree(root):
     assert have - {"pip", "quarto", f"python{project['requires-python']}"} == wanted
 
 
+def test_the_lowest_versions_that_are_tested_are_those_declared(root):
+    tomllib = pytest.importorskip("tomllib")
+    declared = tomllib.loads((root / "pyproject.toml").read_text())["project"]["dependencies"]
+    lines = (root / "constraints-lowest.txt").read_text().splitlines()
+    pinned = [re.sub(r"(\.0)*$", "", line) for line in lines if not line.startswith("#")]
+    lowest = [re.sub(r"(\.0)*$", "", requirement.replace(">=", "==")) for requirement in declared]
+    assert pinned == lowest
+
+
 def readme_blocks(root, language):
     return re.findall(rf"```{language}\n(.*?)```", (root / "README.md").read_text(), re.S)
 
@@ -213,7 +222,7 @@ def test_nothing_tracked_names_a_machine(root):
 def test_wheel_and_sdist_pass_twine_and_the_sdist_holds_the_notebooks(root, tmp_path):
     pytest.importorskip("build")
     ignored = shutil.ignore_patterns(
-        ".git", ".venv", "runs", "_build", "*.egg-info", "__pycache__", "build", "dist", ".data", ".hypothesis"
+        ".git", ".venv*", "runs", "_build", "*.egg-info", "__pycache__", "build", "dist", ".data", ".hypothesis"
     )
     shutil.copytree(root, tmp_path / "repo", ignore=ignored)
     subprocess.run(

@@ -3,6 +3,7 @@
 import copy
 import importlib
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -183,6 +184,21 @@ def test_train_refuses_a_regularizer_of_another_network_and_a_checkpoint_of_anot
     fewer = dk.Regularizer(nets[1], dk.make_plan(nets[1], k=4))
     with pytest.raises(ValueError, match="written with other settings: regularizer="):
         dk.train(nets[1], loader, epochs=1, lr=0.01, regularizer=fewer, checkpoint=tmp_path / "c", progress=False)
+
+
+def test_numbers_of_numpy_train_and_resume_like_those_of_python(tmp_path):
+    batches = [(torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(8) % 4)] * 50
+
+    def trained(epochs, seed, small, k):  # 3 · 50 steps are more than an int8 holds
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Dropout(), nn.Flatten(), nn.Linear(288, 4))
+        how = dict(regularizer=dk.Regularizer(net, dk.make_plan(net, k=k, sparsity=small)), seed=seed, lr=small)
+        more = dict(momentum=small, weight_decay=small / 64, checkpoint=tmp_path / str(type(k)), progress=False)
+        return [row["loss"] for row in dk.train(net, batches, epochs=epochs, **how, **more)]
+
+    plain = trained(3, 5, 0.125, 4)
+    of_numpy = np.int8(3), np.int8(5), np.float32(0.125), np.int64(4)
+    assert trained(*of_numpy) == plain and trained(*of_numpy) == plain  # the second is read from its checkpoint
 
 
 def test_all_codes_together_keep_to_a_wanted_number_of_bits():
