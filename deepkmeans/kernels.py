@@ -80,11 +80,11 @@ def _meet_four(rows, centres, c, coordinates, best, which):  # rows (d, _BLOCK);
 
 # %% ../nbs/50_kernels.ipynb #meet-one
 @_inline
-def _meet_one(rows, half, centres, c, coordinates, best, which):  # by ‖c‖²/2 − x·c, half as much work
+def _meet_one(rows, centres, c, coordinates, best, which):
     for r in range(_BLOCK):
-        square = half[c]
+        square = _ZERO
         for j in range(len(coordinates)):
-            square -= rows[j, r] * centres[c, j]
+            square += (rows[j, r] - centres[c, j]) ** 2
         which[r] = np.int32(c) if square < best[r] else which[r]
         best[r] = min(square, best[r])
 
@@ -101,7 +101,6 @@ def compare_all(
 ):
     """Move each row to its nearest centre by comparing it with all of them."""
     best, which = np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.int32)
-    half = (np.square(means).sum(1) / 2).astype(np.float32)  # (k,)
     for b in range(begin, end):
         best[:] = _INF
         if len(coordinates) <= 12:
@@ -109,7 +108,7 @@ def compare_all(
                 _meet_four(blocks[b], centres, c, coordinates, best, which)
         else:
             for c in range(len(means)):
-                _meet_one(blocks[b], half, centres, c, coordinates, best, which)
+                _meet_one(blocks[b], centres, c, coordinates, best, which)
         first = b * _BLOCK
         for r in range(min(_BLOCK, len(x) - first)):
             own = codes[first + r]
