@@ -363,7 +363,8 @@ def allocate(
     """The plan that reaches the ratio within 1 % and loses least by the sum over layers of ½ Σ F·δ² / √E, E = ½ Σ F·w².
 
     Without data, of ‖δ‖²/‖w‖². The size is that of a copy which is really shared, `compression(copy, coding=coding)`;
-    `share(model, plan, seed=seed)` gives the same. Layers on which the outputs do not depend, as auxiliary heads do in
+    `share(model, plan, codes=plan.codes)` gives the same, and so does, by clustering again, `share(model, plan,
+    seed=seed)`. Layers on which the outputs do not depend, as auxiliary heads do in
     eval mode, get one cluster when there are data: exclude them where that matters. Raises `ValueError` for a target
     out of reach, naming the bounds, and as `layer_curves` does.
     """
@@ -376,7 +377,9 @@ def allocate(
     left_out = make_plan(model, k=1, layout=layout, include=include, exclude=exclude).skipped
     size = _Size(model, curves, _lists(curves, first, last, coding), coding, how, left_out)
     _check_reach(size, ratio)
-    return size.plan(_hit(size, size.dense / ratio))
+    plan = size.plan(_hit(size, size.dense / ratio))
+    plan.codes = {name: clustering.codes for name, clustering in size.clusterings(plan).items()}
+    return plan
 
 # %% ../nbs/08_allocation.ipynb #lists
 def _lists(curves, first, last, coding):

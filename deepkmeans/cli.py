@@ -83,7 +83,8 @@ def _compress(args): # → data, text
     model = load_weights(_network(args), args.model)
     images = _images(args, model) if args.data else None
     before = images and _accuracy(model, images)
-    report = share(model, _plan(args, model), seed=args.seed, progress=_on_terminal())
+    plan = _plan(args, model)
+    report = share(model, plan, codes=plan.codes, seed=args.seed, progress=_on_terminal())
     data, text = _saved(args, model, report)
     if not images:
         return data, text

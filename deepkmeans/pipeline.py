@@ -96,7 +96,7 @@ def _all_or_nothing(model):  # after an error, or Ctrl-C, weights and buffers ar
 def _retrained(model, plan, ratio, loader, distill, seed, backend, **training):  # → history, codes
     as_planned = deepcopy(model)
     teacher = deepcopy(model) if distill else None
-    share(as_planned, plan, seed=seed, backend=backend)
+    share(as_planned, plan, codes=plan.codes)
     regularizer = Regularizer(model, plan, bits=bits_for_ratio(as_planned, ratio), seed=seed, backend=backend)
     history = train(model, loader, regularizer=regularizer, teacher=teacher, seed=seed, **training)
     return history, regularizer.codes()
@@ -143,7 +143,7 @@ def compress(
     plan = allocate(model, ratio, loader, first=first, last=last, layout=layout, sparsity=sparsity,
                     include=include, exclude=exclude, images=images, **common)
     before = _accuracy(model, test_loader, amp)
-    history, codes = [], None
+    history, codes = [], plan.codes
     with _all_or_nothing(model):
         if epochs:
             training = dict(epochs=epochs, lr=lr, loss=loss, schedule=schedule, momentum=momentum, amp=amp,

@@ -99,11 +99,16 @@ def _match(name, patterns):  # the name itself where it is among the patterns, e
 
 # %% ../nbs/02_plan.ipynb #plan
 class Plan(dict):
-    """{layer name: LayerPlan} in the order of the network; `skipped` is {layer name: why its weight stays dense}."""
+    """{layer name: LayerPlan} in the order of the network.
+
+    `skipped` is {layer name: why its weight stays dense}, `codes` {layer name: codes (n,)} where the layers were
+    clustered to make the plan: `share(model, plan, codes=plan.codes)` does not cluster them again.
+    """
 
     def __init__(self, layers=(), skipped=None):
         super().__init__(layers)
         self.skipped = dict(skipped or {})
+        self.codes = {}
 
 # %% ../nbs/02_plan.ipynb #make-plan
 def make_plan(

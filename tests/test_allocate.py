@@ -8,6 +8,8 @@ import torch
 import torch.nn as nn
 
 import deepkmeans as dk
+from deepkmeans import sharing
+from deepkmeans.sharing import shared_layers
 
 
 def vgg_like():
@@ -243,3 +245,17 @@ def test_the_paper_s_lists_fit_its_network_only():
 def test_a_layer_that_was_excluded_says_by_what():
     plan = dk.allocate(dk.build("lenet5"), 20, exclude="conv1")
     assert plan.skipped["conv1"] == "excluded by 'conv1'" and "conv1" not in plan
+
+
+def test_what_the_allocator_clustered_is_not_clustered_again(monkeypatch):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3))
+    plan = dk.allocate(net, 6)
+    again, once = copy.deepcopy(net), copy.deepcopy(net)
+    dk.share(again, plan)
+    monkeypatch.setattr(sharing, "cluster", None)  # nobody asks for it
+    dk.share(once, plan, codes=plan.codes)
+    for name, shared in shared_layers(again).items():
+        assert torch.equal(shared_layers(once)[name].codes, shared.codes), name
+    for a, b in zip(again.parameters(), once.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
