@@ -660,7 +660,7 @@ def _wanted(rows, k, warm, whole):  # what `auto` would like, best first
         if _compiles_for(rows):
             yield "triton"
     else:
-        if whole and (d <= 6 or (d <= 25 and k <= 4096)) and not _too_large(n, d):
+        if whole and (d <= 6 or k <= (4096 if d <= 12 else 512)) and not _too_large(n, d):
             yield "tree"
         yield "faiss"
     yield "torch"

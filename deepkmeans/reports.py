@@ -21,7 +21,8 @@ class Report:
         """A pandas frame, one line a layer."""
         import pandas as pd
 
-        return pd.DataFrame(self.lines).set_index("layer")
+        frame = pd.DataFrame(self.lines)
+        return frame.set_index("layer") if self.lines else frame
 
     def sum(self, what: str) -> float:
         """The sum over all lines of one of their entries."""
