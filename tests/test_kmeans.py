@@ -1,5 +1,6 @@
 """Properties of the k-means engine that hold for every back end."""
 
+import json
 import os
 import subprocess
 import sys
@@ -523,3 +524,16 @@ def test_estimator_with_tensors_clone_and_pipeline():
     assert len(make_pipeline(StandardScaler(), KMeans(5)).fit(rows.numpy()).predict(rows.numpy())) == 300
     with pytest.raises(ValueError, match="Invalid parameter 'n_cluster'"):
         KMeans().set_params(n_cluster=3)
+
+
+@pytest.mark.parametrize("backend", ["torch", "faiss", "tree"])
+@pytest.mark.parametrize("d, k", [(1, 7), (3, 20), (9, 20), (30, 8)])
+def test_it_does_what_the_ten_lines_of_the_chapter_do(root, backend, d, k):
+    cells = json.loads((root / "nbs" / "01_clustering.ipynb").read_text())["cells"]
+    chapter = {"torch": torch}
+    exec("".join(next(cell["source"] for cell in cells if cell["id"] == "plain")), chapter)
+    rows = torch.from_numpy(np.random.default_rng(d).standard_t(4, (800, d)))
+    found = kmeans(rows, k, init=rows[:k], max_iter=6, tol=0, backend=backend)
+    codebook, codes = chapter["plain_lloyd"](rows, rows[:k], 6)
+    torch.testing.assert_close(found.codebook, codebook, rtol=1e-9, atol=1e-9)
+    assert torch.equal(found.codes, codes)
