@@ -95,9 +95,10 @@ def test_api_documents_every_public_name(root, site, pages):
         "share(model: nn.Module, plan: dict[str, LayerPlan], *, codes: dict[str, torch.Tensor] | None = None, "
         "seed: int | torch.Generator = 0, backend: str = 'auto', progress: bool = False)"
     )
+    plan = re.sub(r"<[^>]+>", "", (site / "api" / "plan.html").read_text())
+    assert "clusters in every layer, or one number for each planned layer in order" in plan
     for said in (
         signature,
-        "clusters in every layer, or one number for each planned layer in order",
         "Raises ValueError for unknown or shared",
         "source",
     ):

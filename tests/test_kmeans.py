@@ -265,7 +265,7 @@ REFUSED = [
     (dict(rows=torch.tensor([[torch.inf]]), k=1), "rows holds NaN or infinite"),
     (dict(rows=torch.zeros(0, 2)), r"rows has shape \(0, 2\)"),
     (dict(rows=torch.zeros(5)), r"rows has shape \(5,\)"),
-    (dict(rows=np.zeros((5, 2), object)), "rows of type ndarray must be numbers that PyTorch knows"),
+    (dict(rows=np.array([["a", "b"]], object)), "rows of type ndarray must be numbers that PyTorch knows"),
     (dict(rows=[[1.0, 2.0], [3.0]]), "rows of type list must be numbers that PyTorch knows"),
     (dict(rows=np.zeros((5, 2), np.longdouble)), "rows of type ndarray must be numbers that PyTorch knows"),
     (dict(k=2.0), "k=2.0 must be a whole number"),
