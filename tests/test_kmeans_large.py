@@ -19,7 +19,7 @@ clustering.IN_MEMORY, kmeans, _backend = 2**26, clustering.kmeans, clustering._b
 kmeans(torch.randn(5000, 32), 4, backend="faiss")  # so that the libraries have their buffers
 rows = torch.from_file(sys.argv[1], size=1_000_000 * 32).view(-1, 32)
 in_use = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData")) * 1024
-resource.setrlimit(resource.RLIMIT_DATA, (in_use + 100 * 2**20,) * 2)
+resource.setrlimit(resource.RLIMIT_DATA, (in_use + 80 * 2**20,) * 2)
 try:
     rows.clone()
 except RuntimeError:
@@ -31,7 +31,7 @@ print(found.n_iter, torch.bincount(found.codes).tolist())
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit on memory is set in Linux's way")
 def test_rows_larger_than_the_memory(tmp_path):
-    """128 MB of rows are clustered with 100 MiB of memory, and the result is that of a block of them."""
+    """128 MB of rows are clustered with 80 MiB of memory, and the result is that of a block of them."""
     block = torch.randn(10_000, 32, generator=torch.Generator().manual_seed(0))
     with open(tmp_path / "rows", "wb") as file:
         for _ in range(100):
