@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from .accounting import compression, index_bits
 from .clustering import decode, encode, kmeans
-from .retrain import heads
+from .retrain import check_loader, heads
 from .rows import to_rows
 from .plan import LAYERS, LayerPlan, Plan, dense_layers, layers_of, make_plan
 from .sharing import cluster_layers, planned_layers, share_layers, side_by_side
@@ -27,7 +27,7 @@ from .sharing import cluster_layers, planned_layers, share_layers, side_by_side
 # %% ../nbs/08_allocation.ipynb #fisher
 def fisher(
     model: nn.Module, # a classifier: images → logits (b, classes), or outputs with logits among them
-    loader, # iterable of (images, labels); the labels are not used
+    loader, # batches (images, labels); the labels are not used
     layers: list[str], # names of layers
     *,
     images: int = 1024, # how many images are looked at
@@ -40,6 +40,7 @@ def fisher(
     are; layers may be frozen. A weight on which the logits do not depend, as of an auxiliary head, has none. Raises
     `ValueError` for an empty loader and for logits of another shape.
     """
+    check_loader(loader)
     weights = [model.get_submodule(name).weight for name in layers]
     generator = torch.Generator().manual_seed(seed)
     seen = 0
@@ -312,7 +313,7 @@ def _evened(sensitivity, weight, power):  # (F of each weight) / E^power, E = ½
 # %% ../nbs/08_allocation.ipynb #layer-curves
 def layer_curves(
     model: nn.Module, # the network
-    data=None, # loader of (images, labels) for the Fisher information; None: the weights' own energy
+    loader=None, # batches (images, labels) for the Fisher information; None: the weights' own energy
     *,
     layout: str = "row", # what a row is
     sparsity: bool = True, # may rows be pinned at zero?
@@ -326,7 +327,7 @@ def layer_curves(
     """What `allocate` has to know, to be measured once. Raises `ValueError` as `make_plan`, `share` and `fisher` do."""
     layers = planned_layers(model, layers_of(model, include, exclude))
     weights = {name: m.weight.detach() for name, m in layers.items()}
-    importance = _importance(model, data, weights, images, seed)
+    importance = _importance(model, loader, weights, images, seed)
     how = dict(layout=layout, sparsities=SPARSITIES if sparsity else (0.0,), seed=seed, backend=backend)
 
     def curve(name, weight):
@@ -335,17 +336,17 @@ def layer_curves(
     return side_by_side(curve, weights, "curves", progress)
 
 # %% ../nbs/08_allocation.ipynb #importance
-def _importance(model, data, weights, images, seed):  # {layer name: a number, or a tensor like its weight}
-    if data is None:
+def _importance(model, loader, weights, images, seed):  # {layer name: a number, or a tensor like its weight}
+    if loader is None:
         return {name: _evened(1.0, w, 1.0) for name, w in weights.items()}
-    sensitivity = fisher(model, data, list(weights), images=images, seed=seed)
+    sensitivity = fisher(model, loader, list(weights), images=images, seed=seed)
     return {name: _evened(sensitivity[name], w, EVENED) for name, w in weights.items()}
 
 # %% ../nbs/08_allocation.ipynb #allocate-plan
 def allocate(
     model: nn.Module, # the network, dense; it stays as it is
     ratio: float, # wanted compression ratio of the whole network, above 1
-    data=None, # loader of (images, labels) for the sensitivity; None: the weights' own energy
+    loader=None, # batches (images, labels) for the sensitivity; None: the weights' own energy
     *,
     first: int | float | None = None, # the least clusters of the first layer: a k (int) or rate (float), nothing pinned
     last: int | float | None = None, # likewise for the last
@@ -362,16 +363,16 @@ def allocate(
 ) -> Plan: # {layer name: LayerPlan}; layers that are better left dense are not in it, its `skipped` says so
     """The plan that reaches the ratio within 1 % and loses least by the sum over layers of ½ Σ F·δ² / √E, E = ½ Σ F·w².
 
-    Without data, of ‖δ‖²/‖w‖². The size is that of a copy which is really shared, `compression(copy, coding=coding)`;
-    `share(model, plan, codes=plan.codes)` gives the same, and so does, by clustering again, `share(model, plan,
-    seed=seed)`. Layers on which the outputs do not depend, as auxiliary heads do in
-    eval mode, get one cluster when there are data: exclude them where that matters. Raises `ValueError` for a target
-    out of reach, naming the bounds, and as `layer_curves` does.
+    Without a loader, of ‖δ‖²/‖w‖². The size is that of a copy which is really shared, `compression(copy,
+    coding=coding)`; `share(model, plan, codes=plan.codes)` gives the same, and so does, by clustering again,
+    `share(model, plan, seed=seed)`. Layers on which the outputs do not depend, as auxiliary heads in eval mode, get
+    one cluster when there is a loader: exclude them where that matters. Raises `ValueError` for a target out of reach,
+    naming the bounds, and as `layer_curves` does.
     """
     if not ratio > 1:
         raise ValueError(f"ratio={ratio} must be above 1, the ratio of the dense network")
     if curves is None:
-        curves = layer_curves(model, data, layout=layout, sparsity=sparsity, include=include, exclude=exclude,
+        curves = layer_curves(model, loader, layout=layout, sparsity=sparsity, include=include, exclude=exclude,
                               images=images, seed=seed, backend=backend, progress=progress)
     how = dict(seed=seed, backend=backend, progress=progress)
     left_out = make_plan(model, k=1, layout=layout, include=include, exclude=exclude).skipped

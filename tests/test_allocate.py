@@ -222,7 +222,7 @@ def test_a_layer_is_worth_the_root_of_its_fisher_energy_and_without_data_as_much
         (dict(ratio=0.9), "ratio=0.9 must be above 1"),
         (dict(ratio=1e5), "ratio=100000.0 must be above 1 and at most"),
         (dict(ratio=4, exclude=["conv"]), "no layer is called 'conv'"),
-        (dict(ratio=4, data=[]), "loader gives no images"),
+        (dict(ratio=4, loader=[]), "loader gives no images"),
         (dict(ratio=4, layout="rows"), "layout='rows' must be one of"),
     ],
 )

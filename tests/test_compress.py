@@ -180,3 +180,28 @@ def test_a_training_that_diverges_leaves_the_network(dense, batches):
     with pytest.raises(FloatingPointError):
         dk.compress(net, 5, batches[0], epochs=2, lr=1e12, progress=False)
     assert same(net, dense)
+
+
+@pytest.mark.parametrize("wrong", ["Data", "Split", "Dataset", "name", "one image"])
+def test_data_that_are_in_no_batches_are_refused_wherever_a_loader_is_wanted(wrong):
+    data = dk.load("digits")
+    image, label = data.train.images[0].float(), data.train.labels[0]
+    loader = {
+        "Data": data,
+        "Split": data.train,
+        "Dataset": torch.utils.data.TensorDataset(data.train.images, data.train.labels),
+        "name": "digits",
+        "one image": (image, label),
+    }[wrong]
+    net = dk.build("lenet5")
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    calls = [
+        lambda: dk.evaluate(net, loader),
+        lambda: dk.train(net, loader, epochs=1, lr=0.1),
+        lambda: dk.allocate(net, 5, loader),
+        lambda: dk.compress(net, 5, loader, epochs=1),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=f"loader is a {type(loader).__name__}, must give batches"):
+            call()
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())

@@ -114,6 +114,12 @@ def test_a_kernel_that_does_not_come_up_gets_another_try(small, tmp_path, monkey
     )
 
 
+def test_what_a_user_watches_is_the_notebook_s_own_output(small, tmp_path, capfd):
+    assert suite.execute(small, tmp_path / "executed.ipynb", dict(x=2, out=str(tmp_path)), show=True) == ""
+    shown = capfd.readouterr()
+    assert (shown.out, shown.err) == ("", "")  # newer kernels warn of their transport on stderr
+
+
 def stamps(folder):
     return {path: path.stat().st_mtime_ns for path in folder.iterdir()}
 

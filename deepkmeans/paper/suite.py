@@ -27,16 +27,19 @@ _CHILD = """
 import json, os, sys, threading
 threading.Thread(target=lambda: (sys.stdin.read(), os._exit(1)), daemon=True).start()
 import papermill
+from traitlets.config import Config
 notebook, executed, parameters, show = sys.argv[1:]
 class Lines:  # stderr without bars, which only a terminal can draw
     flush = sys.stderr.flush
     def write(self, text):
         if "\\r" not in text:
             sys.stderr.write(text)
+given = dict(parameters=json.loads(parameters), progress_bar=False)
+given["config"] = Config(KernelManager={"transport_encryption": "auto"})  # unencrypted, new kernels warn at each start
 shown = dict(stdout_file=sys.stdout, stderr_file=sys.stderr if sys.stderr.isatty() else Lines()) if show else {}
 for left in (2, 1, 0):
     try:
-        papermill.execute_notebook(notebook, executed, json.loads(parameters), progress_bar=False, **shown)
+        papermill.execute_notebook(notebook, executed, **given, **shown)
         break
     except papermill.PapermillExecutionError as error:
         sys.exit(f"{error.ename}: {error.evalue}")
