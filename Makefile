@@ -35,9 +35,10 @@ bench: .venv
 lab: .venv
 	$(BIN)/jupyter lab nbs
 
-# The page of figures/, then the site into docs/_build/html; no network, no Quarto.
+# The page of figures/ and the README's table, then the site into docs/_build/html; no network, no Quarto.
 docs: .venv
 	$(BIN)/python docs/gallery.py
+	$(BIN)/python docs/readme.py
 	$(BIN)/python docs/build.py
 
 docs-serve: docs

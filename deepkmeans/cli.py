@@ -286,7 +286,8 @@ EXAMPLES = {
   deepkmeans compress lenet.safetensors --arch lenet5 --K 16 -o lenet.dkm
   deepkmeans compress wrn.pt --arch wide_resnet --option depth=16 --option widen=4 --ratio 45 -o wrn.dkm
   deepkmeans compress resnet18.pth --arch resnet18 --num-classes 1000 --rate 0.05 --codebook float16 -o resnet18.dkm
-  deepkmeans compress mine.pt --arch my_networks:make_net --ratio 20 --data path/to/images -o mine.dkm""",
+  deepkmeans compress mine.pt --arch my_networks:make_net --ratio 20 --data path/to/images -o mine.dkm
+  deepkmeans compress mine.pt --config mine.yaml -o mine.dkm""",
     "list": "example:\n  deepkmeans list --json",
     "inspect": "examples:\n  deepkmeans inspect lenet.dkm --json\n  deepkmeans inspect wrn-50",
     "decompress": "example:\n  deepkmeans decompress lenet.dkm -o lenet.safetensors",
@@ -419,6 +420,8 @@ def _compress_options(command):
     _size_options(command.add_mutually_exclusive_group(required=True))
     _plan_options(command)
     _data_options(_output(command))
+    file = "take options from a JSON or YAML file, under their long names; what is typed wins"
+    command.add_argument("--config", metavar="FILE", help=file)
 
 # %% ../nbs/40_cli.ipynb #size-options
 def _size_options(group): # one of them
@@ -470,6 +473,36 @@ def _path(text):
         raise argparse.ArgumentTypeError(f"'-' is no file, and {instead}")
     return Path(text)
 
+# %% ../nbs/40_cli.ipynb #config
+def _with_config(words): # the words after `deepkmeans`, those of --config spelled out
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config", type=Path)
+    if words[:1] != ["compress"] or "--help" in words or "-h" in words:
+        return words
+    found, typed = finder.parse_known_args(words[1:])
+    return ["compress", *_config_words(found.config), *typed] if found.config else words
+
+# %% ../nbs/40_cli.ipynb #config-words
+def _config_words(path): # {"arch": "lenet5", "K": 16} → ["--arch=lenet5", "--K=16"]
+    import yaml
+
+    try:
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"config={str(path)!r} is neither JSON nor YAML: {error}") from None
+    if not isinstance(given, dict) or not all(isinstance(name, str) for name in given):
+        raise ValueError(f"config={str(path)!r} must hold options by their names, such as arch: lenet5")
+    model = [str(given.pop("model"))] if "model" in given else []
+    return model + [word for name, value in given.items() for word in _option_words(name.replace("_", "-"), value)]
+
+# %% ../nbs/40_cli.ipynb #option-words
+def _option_words(name, value): # ("exclude", ["a", "b"]) → ["--exclude=a", "--exclude=b"]
+    if isinstance(value, bool) and name != "option":
+        return [f"--{name}"] * value
+    if isinstance(value, dict):
+        value = [f"{key}={json.dumps(given)}" for key, given in value.items()]
+    return [f"--{name}={one}" for one in (value if isinstance(value, list) else [value])]
+
 # %% ../nbs/40_cli.ipynb #print
 PLAIN = str.maketrans({"→": "->", "×": "x", "–": "-", "…": "...", "λ": "lambda"})
 
@@ -511,7 +544,7 @@ def main(
     if argv is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _stop)
     try:
-        args = _parser().parse_args(argv)
+        args = _parser().parse_args(_with_config(sys.argv[1:] if argv is None else list(argv)))
         with redirect_stdout(sys.stderr):  # whatever a library prints is no result
             data, text = args.run(args)
         _print(json.dumps(data) if args.json else text, sys.stdout)

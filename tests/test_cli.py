@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -432,3 +433,77 @@ def test_energy_takes_the_name_of_a_network(capsys):
     found = json.loads(capsys.readouterr().out)
     assert len(found["layers"]) == 21 and found["total"] == 7 * found["macs"]
     assert main(["energy", "missing.dkm"]) == 1
+
+
+CONFIGS = {
+    "lenet.yaml": """
+        # comments are welcome
+        arch: lenet5
+        first: 0.5
+        rate: 0.1
+        exclude: [fc1, "fc*"]
+        include: [Conv2d, Linear]
+        seed: 3
+        codebook: float16
+    """,
+    "lenet.json": """{"arch": "lenet5", "first": 0.5, "rate": 0.1, "exclude": ["fc1", "fc*"],
+        "include": ["Conv2d", "Linear"], "seed": 3, "codebook": "float16"}""",
+}
+TYPED = "--arch lenet5 --first 0.5 --rate 0.1 --exclude fc1 --exclude fc* --include Conv2d --include Linear --seed 3"
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_options_from_a_file_do_what_typed_ones_do(folder, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(folder)
+    (tmp_path / name).write_text(textwrap.dedent(CONFIGS[name]))
+    words = ["compress", "lenet.safetensors"]
+    assert main([*words, *TYPED.split(), "--codebook", "float16", "-o", str(tmp_path / "typed.dkm")]) == 0
+    assert main([*words, "--config", str(tmp_path / name), "-o", str(tmp_path / "file.dkm")]) == 0
+    assert (tmp_path / "file.dkm").read_bytes() == (tmp_path / "typed.dkm").read_bytes()
+
+
+def test_a_typed_option_wins_and_a_file_may_name_everything(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    target = tmp_path / "x.dkm"
+    config = dict(
+        arch="wide_resnet",
+        option=dict(depth=10, widen=1),
+        K=8,
+        output=str(target),
+        json=True,
+        model=str(tmp_path / "wrn.pt"),
+    )
+    torch.save(build("wide_resnet", depth=10, widen=1).state_dict(), tmp_path / "wrn.pt")
+    (tmp_path / "all.json").write_text(json.dumps(config))
+    assert main(["compress", f"--config={tmp_path / 'all.json'}", "--K", "4"]) == 0
+    layers = json.loads(capsys.readouterr().out)["layers"]
+    assert len(layers) == 9 and {layer["k"] for layer in layers} == {4}
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("arch: [lenet5", "is neither JSON nor YAML"),
+        ("- lenet5", "must hold options by their names"),
+        ("", "must hold options by their names"),
+        ("16: 3", "must hold options by their names"),
+        (b"\xff\xfe\x00", "is neither JSON nor YAML"),
+        ("[" * 5000, "is neither JSON nor YAML"),
+        (None, "No such file"),
+    ],
+)
+def test_a_file_of_options_that_is_none_is_one_line(folder, tmp_path, monkeypatch, capsys, content, message):
+    monkeypatch.chdir(folder)
+    if content is not None:
+        (tmp_path / "bad.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert main(f"compress lenet.safetensors --config {tmp_path}/bad.yaml -o {tmp_path}/x.dkm".split()) == 1
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+
+
+def test_an_unknown_option_in_a_file_is_wrong_usage(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    (tmp_path / "bad.yaml").write_text("arch: lenet5\nratios: 20")
+    with pytest.raises(SystemExit) as ended:
+        main(f"compress lenet.safetensors --config {tmp_path}/bad.yaml --K 8 -o {tmp_path}/x.dkm".split())
+    assert ended.value.code == 2 and "--ratios=20" in capsys.readouterr().err and not (tmp_path / "x.dkm").exists()

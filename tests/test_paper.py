@@ -234,6 +234,46 @@ def test_the_gallery_is_the_generated_one(root, gallery):
         (root / "figures" / "README.md").write_text(committed)
 
 
+@pytest.fixture
+def readme(root, monkeypatch):
+    monkeypatch.syspath_prepend(str(root / "docs"))
+    return importlib.import_module("readme")
+
+
+def test_the_table_of_the_readme_is_the_generated_one(root, readme, tmp_path):
+    clone = tmp_path / "clone"
+    (clone / "nbs" / "paper").mkdir(parents=True)
+    (clone / "figures").symlink_to(root / "figures")
+    committed = (root / "README.md").read_text()
+    (clone / "README.md").write_text(committed.replace("| LeNet |", "| stale |\n| LeNet |"))
+    assert readme.write_readme(clone).read_text() == committed
+
+
+MADE_UP = """method,nominal ratio,paper,ours,difference,ratio on disk,"ratio, entropy",run
+WR,4,-48.950,-50.00 ± 0.50 (1),-1.050,3.90,4.00,a
+Deep k-Means,4,-1.950,-0.70 ± 0.30 (1),1.250,3.95,4.00,b
+control †,4,,not run,,,,
+one-shot,1.28,,-0.20 ± 0.30 (1),,1.27,1.28,c
+low-rank,4.1,,-3.00 ± 0.40 (1),,,4.10,d
+DKM †,8,,-3.50 ± 0.40 (1),,7.50,8.00,e
+"Deep k-Means, wanted ratio †",4,,-0.10 ± 0.30 (1),,4.00,4.10,f
+"""
+
+
+def test_a_line_of_the_readme_names_the_best_rival_that_is_as_small(readme, tmp_path):
+    (tmp_path / "made_up_cpu.csv").write_text(MADE_UP)
+    stages = dict(baseline=dict(top1=80.0), shared=dict(top1=79.3))
+    records = [dict(id=i, dataset=dict(name="digits"), stages=stages) for i in "abcdef"]
+    records += [dict(records[0], id="of an older protocol", stages=dict(baseline=dict(top1=10.0)))]
+    (tmp_path / "made_up_cpu.jsonl").write_text("\n".join(map(json.dumps, records)))
+    shown = readme.Shown("Table 4", "made_up", "cpu", "GoogLeNet", 4)
+    about = "GoogLeNet, digits, 80.0 %, cpu"
+    ours = ["-50.00 (-48.95)", "-0.70 (-1.95)", "not run"]
+    assert readme._line(tmp_path, shown) == ["Table 4", about, "4", *ours, "-3.00, low-rank at 4.1"]
+    wanted = shown._replace(title="Table 4, wanted ratio", network="the same", kind=", wanted ratio")
+    assert readme._line(tmp_path, wanted)[3:6] == ["–", "-0.10", "–"]
+
+
 def test_each_file_is_declared_by_one_notebook_and_its_command_names_one(root, gallery):
     known = {**suite.REPRODUCIBLE, **{path.stem: path.stem for path in (root / "nbs" / "paper").glob("*.ipynb")}}
     for path, writers in gallery.origins(root).items():

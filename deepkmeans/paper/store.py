@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PLACES', 'NETWORKS', 'PROTOCOLS', 'UserError', 'user_errors', 'given_parameters', 'run_id', 'baseline_file',
            'environment', 'save_record', 'read_records', 'pack_records', 'keep_records', 'notebook_parameters',
-           'complete_parameters', 'lookup', 'collect', 'paper_numbers', 'repository', 'budget', 'figure_path']
+           'complete_parameters', 'lookup', 'collect', 'paper_numbers', 'repository', 'check_protocol', 'budget',
+           'figure_path']
 
 # %% ../../nbs/30_store.ipynb #imports
 import hashlib
@@ -23,6 +24,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import torch
+import yaml
 
 from ..files import write_file
 
@@ -329,14 +331,21 @@ def repository(
 PROTOCOLS = ("smoke", "cpu", "full")
 
 
-def budget(
-    budgets, # {protocol: what is spent}
-    protocol, # one of its keys
+def check_protocol(
+    protocol, # a text
 ):
-    """What a notebook spends under a protocol. Raises `UserError` for one that it does not have."""
-    if protocol not in budgets:
-        raise UserError(f"protocol={protocol!r} must be one of {', '.join(budgets)}")
-    return budgets[protocol]
+    """Raise `UserError` for what is none of PROTOCOLS."""
+    if protocol not in PROTOCOLS:
+        raise UserError(f"protocol={protocol!r} must be one of {', '.join(PROTOCOLS)}")
+
+
+def budget(
+    notebook, # name of a notebook in nbs/paper
+    protocol, # one of PROTOCOLS
+) -> dict:
+    """What a notebook spends under a protocol, by `budgets.yaml`. Raises `UserError` as `check_protocol` does."""
+    check_protocol(protocol)
+    return yaml.safe_load((files("deepkmeans.paper") / "budgets.yaml").read_text())[notebook][protocol]
 
 # %% ../../nbs/30_store.ipynb #figure-path
 def figure_path(

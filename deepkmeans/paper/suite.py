@@ -19,7 +19,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from deepkmeans.paper.store import (
-    UserError, budget, collect, complete_parameters, lookup, notebook_parameters, repository, run_id,
+    UserError, check_protocol, collect, complete_parameters, lookup, notebook_parameters, repository, run_id,
 )
 
 # %% ../../nbs/31_suite.ipynb #child-script
@@ -227,11 +227,12 @@ def reproduce(
 
     Raises `UserError` for an unknown name or protocol and, after all were tried, for notebooks that failed.
     """
+    check_protocol(protocol)
     notebooks = _paper_notebooks(repository(root), name)
     given = dict(protocol=protocol, again=again, jobs=jobs, scheduler=scheduler, root=str(repository(root)))
     given |= dict(execute=True, save=protocol != "smoke", out=str(_store(out, again)))
-    seeds = seeds or budget({"smoke": 1, "cpu": None, "full": None}, protocol)
-    given |= dict(seeds=seeds) if seeds else {}
+    if seeds or protocol == "smoke":
+        given["seeds"] = seeds or 1
     executed = {stem: Path(out) / "paper" / f"{stem}_{protocol}.ipynb" for stem in notebooks}
     failures = {stem: execute(path, executed[stem], given, show) for stem, path in notebooks.items()}
     if any(failures.values()):

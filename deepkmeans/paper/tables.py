@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RATIOS', 'Row', 'suites', 'Budget', 'compare', 'claims', 'Table', 'make_runs', 'compared', 'setting', 'caption',
-           'show', 'keep_picture', 'verdicts', 'put_line', 'headline']
+           'show', 'keep_picture', 'verdicts']
 
 # %% ../../nbs/32_tables.ipynb #imports
 import json
@@ -56,6 +56,7 @@ class Budget(NamedTuple):
     start: dict  # parameters of all runs, up to the trained baseline
     epochs: int  # after the baseline
     lr: float  # learning rate of these epochs
+    dkm_lr: float  # that of DKM
 
     def hard(self, **plan) -> dict:
         """Deep k-Means: all epochs with hard assignments."""
@@ -228,7 +229,7 @@ def setting(
     frame, # as `compared` gives it
     records, # of the table
 ) -> str: # network, data, mean baseline of the lines
-    """What a table was measured on, as the README says it: "FreshNet-CNN, cifar10-jpeg, 75.2 %"."""
+    """What a table was measured on: "FreshNet-CNN, cifar10-jpeg, 75.2 %"."""
     return f"{network}, {records[0]['dataset']['name']}, {frame.baseline.mean():.1f} %"
 
 # %% ../../nbs/32_tables.ipynb #caption
@@ -312,54 +313,3 @@ def verdicts(
     if baseline < trained:
         print(f"The baseline of this protocol, {baseline:.1f} %, is far from converged: what trains on gains by that "
               "alone, and what trains from scratch does so for more epochs than the baseline had.")
-
-# %% ../../nbs/32_tables.ipynb #put-line
-def put_line(
-    cells, # texts; the first tells which line of the README's table it is
-    root=".", # root of the repository
-):
-    """Put a line into the README's table of results. Raises `ValueError` where the README has none that begins so."""
-    page, mark = repository(root) / "README.md", f"| {cells[0]} |"
-    text = page.read_text()
-    if mark not in text:
-        raise ValueError(f"README.md has no line that begins with {mark!r}")
-    line = f"| {' | '.join(cells)} |"
-    page.write_text("\n".join(line if old.startswith(mark) else old for old in text.split("\n")))
-
-# %% ../../nbs/32_tables.ipynb #headline
-def headline(
-    table, # a `Table`
-    frame, # as `compared` gives it
-    setting, # network, data, baseline, in words
-    at, # the nominal ratio that is shown
-    kind="", # what follows the names of the methods in the lines that are shown, such as ", wanted ratio"
-):
-    """Put a table's line into the README, the paper's numbers in brackets.
-
-    It says what sharing alone, re-training, its control and the best other method lose that is as small. Raises
-    `ValueError` where the README has no such line.
-    """
-    names = [f"{method}{kind} at {at:g}" for method in ("WR", "Deep k-Means", "control")]
-    ours = [_loss(frame.loc[name]) if name in frame.index else "–" for name in names]
-    about = "the same" if kind else f"{setting}, {table.given['protocol']}"
-    put_line([f"Table {table.number}{kind}", about, f"{at:g}", *ours, _best_other(frame, at)], table.given["root"])
-
-# %% ../../nbs/32_tables.ipynb #best-other
-def _best_other(frame, at):  # "−0.20, one-shot at 4.2"
-    ours = frame.method.str.startswith(("WR", "Deep k-Means", "spectral", "control", "dense"))
-    ended = frame[~ours & (frame.ended > 0)]
-    others = ended[[_reached(line) > 0.9 * at for _, line in ended.iterrows()]]
-    if others.empty:
-        return "not run"
-    best = others.sort_values("change").iloc[-1]
-    return f"{_loss(best)}, {best.method} at {_reached(best):.4g}"
-
-# %% ../../nbs/32_tables.ipynb #reached
-def _reached(line):  # the network's ratio, in the first way of counting that the method has
-    counted = [line.get(f"network {coding}", nan) for coding in ("entropy", "huffman", "parameters")]
-    return next((ratio for ratio in counted if not isnan(ratio)), line.nominal)
-
-# %% ../../nbs/32_tables.ipynb #loss
-def _loss(line):  # "−0.70 (−1.95)"
-    ours = f"{line.change:+.2f}" if line.ended else "not run"
-    return ours if isnan(line.paper) else f"{ours} ({line.paper:+.2f})"
