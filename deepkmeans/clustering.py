@@ -165,11 +165,11 @@ def _search_faiss(codebook, top):
     return lambda queries: torch.from_numpy(faiss.knn(queries.numpy(), centres, top)[1])  # (m, top)
 
 # %% ../nbs/01_clustering.ipynb #search-tree
-def _search_tree(codebook, top):
+def _search_tree(codebook):  # to proposals (m, 2), and for which rows the first is known to be the nearest (m,)
     from deepkmeans.kernels import make_search
 
     search = make_search(codebook.numpy())
-    return lambda queries: torch.from_numpy(search(queries.numpy())[:, :top])  # (m, top)
+    return lambda queries: map(torch.from_numpy, search(queries.numpy()))
 
 # %% ../nbs/01_clustering.ipynb #search-keops
 def _keops_search(queries, codebook, top):
@@ -269,8 +269,7 @@ def _search_triton(codebook, top):
     return lambda queries: nearest(queries, codebook, top)  # (m, top)
 
 # %% ../nbs/01_clustering.ipynb #searches
-_SEARCH = {"torch": _search_torch, "faiss": _search_faiss, "keops": _search_keops, "triton": _search_triton,
-           "tree": _search_tree}
+_SEARCH = {"torch": _search_torch, "faiss": _search_faiss, "keops": _search_keops, "triton": _search_triton}
 
 # %% ../nbs/01_clustering.ipynb #search-sure
 def _search_line(codebook):  # scaled numbers, and centres (k, 1): the two between which each number lies
@@ -313,13 +312,18 @@ def _ladder(name, codebook):  # the back ends that are asked one after the other
     return [name, "tree", "direct"] if with_tree else [name, "direct"]
 
 # %% ../nbs/01_clustering.ipynb #finder
-def _finder(space, codebook, name, top):  # from rows (m, d), as they came in, to proposals (m, top)
+def _finder(space, codebook, name, top=2):
+    # from rows (m, d), as they came in, to proposals (m, top), and of which rows the first is known to be right (m,)
     sure = {"line": _search_line, "direct": _search_direct}
     if name in sure:
         search = sure[name](codebook)
-        return lambda rows: search(space.scaled(rows))
-    search = _SEARCH[name](space.seen(codebook), min(top, len(codebook)))
-    return lambda rows: search(space.unit(rows).float())
+        return lambda rows: (search(space.scaled(rows)), None)
+    centres = space.seen(codebook)
+    if name == "tree":
+        search = _search_tree(centres)
+        return lambda rows: search(space.unit(rows).float())
+    search = _SEARCH[name](centres, min(top, len(codebook)))
+    return lambda rows: (search(space.unit(rows).float()), None)
 
 # %% ../nbs/01_clustering.ipynb #assign-best
 def _best(space, codebook, rows, proposals, codes=None):
@@ -336,30 +340,34 @@ def _assign(space, codebook, name, codes):  # codes (n,) that are at least as ne
     find, nearest = _finder(space, codebook, name, 1), torch.empty_like(codes)
     for a, b in _chunks(space.rows):
         rows = space.rows[a:b]
-        nearest[a:b], _, _ = _best(space, codebook, rows, find(rows), codes[a:b])
+        nearest[a:b], _, _ = _best(space, codebook, rows, find(rows)[0], codes[a:b])
     return nearest
 
 # %% ../nbs/01_clustering.ipynb #assign-nearest
 def _nearest(space, codebook, backend, codes=None):
-    # codes (n,) of the nearest centres, their scaled squared distances (n,), and the first back end sure of most rows
+    # codes (n,) of the nearest centres, and the first back end that is sure of most rows
     n, (k, d) = len(space.rows), codebook.shape
     nearest = torch.empty(n, dtype=torch.int64, device=codebook.device)
-    squares, todo, good = torch.empty_like(nearest, dtype=torch.float64), torch.arange(n, device=codebook.device), None
+    todo, good = torch.arange(n, device=codebook.device), None
     for name in _ladder(backend, codebook):
         if name == "tree" and name != backend and len(todo) * k < 2**24:
             continue
-        find, unsure = _finder(space, codebook, name, 2), []
+        find, unsure = _finder(space, codebook, name), []
         for part in todo.split(_chunk(space.rows)):
+            proposals, certain = find(space.rows[part])
+            if certain is not None:
+                nearest[part] = proposals[:, 0]
+                part, proposals = part[~certain], proposals[~certain]
             rows, own = space.rows[part], None if codes is None else codes[part]
-            nearest[part], squares[part], farthest = _best(space, codebook, rows, find(rows), own)
-            if name in _SEARCH and k > 2:
+            nearest[part], least, farthest = _best(space, codebook, rows, proposals, own)
+            if name not in ("line", "direct") and k > 2:
                 error = _error(name, farthest, space.unit(rows).square().sum(1).sqrt(), d)  # (m,)
-                unsure.append(part[~(farthest - squares[part] > 2 * error)])
+                unsure.append(part[~(farthest - least > 2 * error)])
         todo = torch.cat(unsure) if unsure else todo[:0]
         good = name if good is None and 4 * len(todo) <= n else good
         if not len(todo):
             break
-    return nearest, squares, good
+    return nearest, good
 
 # %% ../nbs/01_clustering.ipynb #update
 def _sums(values, codes, k):  # sum of the values (m,) of each cluster, (k,) float64
@@ -439,7 +447,7 @@ def _update(space, codes, k):
 # %% ../nbs/01_clustering.ipynb #lloyd
 def _lloyd(space, k, start, max_iter, tol, backend):
     codebook = start  # (k, d) float64, scaled
-    codes, _, search = _nearest(space, codebook, backend)  # (n,)
+    codes, search = _nearest(space, codebook, backend)  # (n,)
     for n_iter in range(1, max_iter + 1):
         means, codes, refilled = _update(space, codes, k)
         same = len(means) == len(codebook) and not refilled
@@ -455,7 +463,7 @@ def _lloyd_tree(space, k, start, max_iter, tol, backend):
     from deepkmeans.kernels import lloyd
 
     x = space.units()  # (n, d)
-    if not _exactly(space, x) and _nearest(space, start, backend)[2] != backend:
+    if not _exactly(space, x) and _nearest(space, start, backend)[1] != backend:
         return _lloyd(space, k, start, max_iter, tol, "direct")
     weight = None if space.weight is None else space.weight.numpy()
     codebook, n_iter, done = start, 0, False
@@ -485,7 +493,7 @@ def _exact(space, k):
 def _settled(space, codebook, codes, backend):
     # of centres (k, d) as they are given back: those centres, and codes (n,) of the nearest
     while True:
-        codes, _, _ = _nearest(space, space.scaled(codebook), backend, codes)
+        codes, _ = _nearest(space, space.scaled(codebook), backend, codes)
         taken = _reduced(torch.bincount(codes, minlength=len(codebook)), space.group) > 0
         empty = (~taken).nonzero()[:, 0]
         if not len(empty):
@@ -854,8 +862,8 @@ def encode(
         raise ValueError(f"codebook has rows of length {codebook.shape[1]}, must be d = {rows.shape[1]}")
     name, codebook = _backend(backend, rows, len(codebook), True), codebook.to(rows.device, torch.float64)
     space = _space(rows, codebook=codebook)
-    codes, squares, _ = _nearest(space, space.scaled(codebook), name)
-    return codes, squares / space.scale / space.scale
+    codes, _ = _nearest(space, space.scaled(codebook), name)
+    return codes, space.cost(space.scaled(codebook), codes) / space.scale / space.scale
 
 # %% ../nbs/01_clustering.ipynb #sklearn-manners
 class _Parameters:  # what scikit-learn's BaseEstimator gives, without importing it
