@@ -358,6 +358,8 @@ def _nearest(space, codebook, backend, codes=None):
             if certain is not None:
                 nearest[part] = proposals[:, 0]
                 part, proposals = part[~certain], proposals[~certain]
+            if not len(part):
+                continue
             rows, own = space.rows[part], None if codes is None else codes[part]
             nearest[part], least, farthest = _best(space, codebook, rows, proposals, own)
             if name not in ("line", "direct") and k > 2:
