@@ -1,4 +1,4 @@
-"""The README's table of results, from the tables and records of figures/: `python docs/readme.py` writes it anew."""
+"""The README's picture and table of results, from the tables and records of figures/: `python docs/readme.py`."""
 
 import csv
 import json
@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
+from deepkmeans.paper.figures import method_look, use_style
 from deepkmeans.paper.store import repository
 
 HEAD = (
@@ -107,8 +108,76 @@ def _best_other(lines, ratio):  # "−0.20, one-shot at 4.2": of those that are 
 
 
 def _reached(line):
-    return float(line.get("ratio on disk") or line.get("ratio, entropy") or line["nominal ratio"])
+    counted = (line.get(name) for name in ("ratio on disk", "ratio, Huffman", "ratio, entropy", "nominal ratio"))
+    return float(next(filter(None, counted)))
+
+
+FLOORS = {"wide": -6, "lenet": -0.8}  # points; what lies below is an arrow with its value
+WIDE = {"WR": "sharing alone", "control": "control", "Deep k-Means": "Deep k-Means"}
+
+
+def draw_picture(
+    root=".",  # a folder in a clone of the repository
+) -> Path:  # docs/results.png
+    """Draw what a Wide ResNet and LeNet lose over the ratio: the method, its control, sharing alone and the paper's."""
+    root = repository(root)
+    plt = use_style()
+    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=(5, 3), layout="constrained")
+    _draw_wide(left, _table(root / "figures", "table3_wide_resnet_full"))
+    _draw_lenet(right, _table(root / "figures", "lenet_regularizers_cpu"))
+    fig.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    path = root / "docs" / "results.png"
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+    return path
+
+
+def _draw_wide(ax, lines):
+    for method, name in WIDE.items():
+        own = [line for line in lines if _method(line) == method]
+        points = [(_reached(line), _mean(line["ours"])) for line in own]
+        _draw(ax, sorted(points), FLOORS["wide"], label=name, **method_look(method))
+    said = [(line["nominal ratio"], line["paper"]) for line in lines if _method(line) == "Deep k-Means"]
+    grey = dict(color="0.55", marker="o", fillstyle="none", linestyle=":")
+    _draw(
+        ax,
+        sorted((float(x), float(y)) for x, y in said),
+        FLOORS["wide"],
+        label="the paper's, by its count of bits",
+        **grey,
+    )
+    _finish(ax, "Wide ResNet 16-4, CIFAR-10", "times smaller on disk", FLOORS["wide"])
+    ax.set_ylabel("change of top-1 accuracy, points")
+
+
+def _draw_lenet(ax, lines):
+    own = [line for line in lines if line["re-training"] in ("hard (default)", "control")]
+    control = [line for line in own if line["re-training"] == "control"]
+    alone = [_mean(line["shared"]) - _mean(line["fine-tuned"]) + float(line["− baseline"]) for line in control]
+    ratios = [float(line["conv. ratio"]) for line in control]
+    _draw(ax, list(zip(ratios, alone)), FLOORS["lenet"], **method_look("WR"))
+    for method, name in (("control", "control"), ("Deep k-Means", "hard (default)")):
+        points = [(float(r["conv. ratio"]), float(r["− baseline"])) for r in own if r["re-training"] == name]
+        _draw(ax, points, FLOORS["lenet"], **method_look(method))
+    _finish(ax, "LeNet-5, MNIST", "times smaller, convolutions", FLOORS["lenet"])
+
+
+def _draw(ax, points, floor, **look):
+    inside = [(x, y) for x, y in points if y >= floor]
+    ax.plot(*zip(*inside) if inside else ([], []), **{"linestyle": "-"} | look)
+    for x, y in points:
+        if y < floor:
+            ax.plot(x, floor, color=look["color"], marker="v", clip_on=False)
+            place = dict(xytext=(0, 7), textcoords="offset points", ha="center", fontsize=10)
+            ax.annotate(f"{y:.0f}".replace("-", "−"), (x, floor), color=look["color"], **place)
+
+
+def _finish(ax, title, label, floor):
+    ax.axhline(0, color="0.15", linewidth=1.2, zorder=1)
+    place = dict(xycoords=("axes fraction", "data"), textcoords="offset points", fontsize=10, color="0.15")
+    ax.annotate("the dense network", (0.99, 0), (0, 4), ha="right", **place)
+    ax.set(title=title, xlabel=label, ylim=(floor, -0.12 * floor))
 
 
 if __name__ == "__main__":
-    print(write_readme())
+    print(draw_picture(), write_readme())
