@@ -348,6 +348,7 @@ def stage_pages(root, stage):
     (stage / "docs").mkdir()
     for path in (*(root / "docs").glob("*.md"), root / "CHANGELOG.md"):
         (stage / path.relative_to(root)).write_text(linked(path.read_text(), links))
+    shutil.copy(root / "docs" / "results.png", stage / "docs")
     write_api(root, stage, api)
     front = linked((root / "README.md").read_text(), links)
     (stage / "index.md").write_text(f"{front}\n\n{navigation(stage)}\n")

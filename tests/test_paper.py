@@ -12,6 +12,7 @@ import time
 import nbformat
 import pytest
 import torch
+from PIL import Image
 
 import deepkmeans as dk
 from deepkmeans.paper import store, suite, tables
@@ -260,6 +261,15 @@ DKM †,8,,-3.50 ± 0.40 (1),,7.50,8.00,e
 """
 
 
+def test_the_picture_of_the_readme_is_drawn_from_figures_alone(root, readme, tmp_path):
+    for folder in ("nbs/paper", "docs", "figures"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name in ("table3_wide_resnet_full.csv", "lenet_regularizers_cpu.csv"):
+        shutil.copy(root / "figures" / name, tmp_path / "figures")
+    with Image.open(readme.draw_picture(tmp_path)) as drawn, Image.open(root / "docs" / "results.png") as committed:
+        assert drawn.size == committed.size and len(drawn.convert("RGB").getcolors(2**20)) > 100
+
+
 def test_a_line_of_the_readme_names_the_best_rival_that_is_as_small(readme, tmp_path):
     (tmp_path / "made_up_cpu.csv").write_text(MADE_UP)
     stages = dict(baseline=dict(top1=80.0), shared=dict(top1=79.3))
@@ -310,7 +320,6 @@ def test_a_table_is_drawn_from_the_committed_records_alone(root, tmp_path):
     clone = tmp_path / "clone"
     shutil.copytree(root / "nbs", clone / "nbs")
     (clone / "figures").mkdir()
-    (clone / "README.md").write_text((root / "README.md").read_text())
     for name in ("table3_wide_resnet_full.jsonl", "table3_wide_resnet_full.csv"):
         shutil.copy(root / "figures" / name, clone / "figures")
     before = stamps(clone / "figures")
@@ -334,8 +343,6 @@ def test_again_leaves_the_committed_records_out(root, tmp_path):
 
 
 def _painted(folder, colour):
-    from PIL import Image
-
     for split in ("train", "test"):
         for name in ("cat", "dog"):
             (folder / split / name).mkdir(parents=True, exist_ok=True)
