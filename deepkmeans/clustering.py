@@ -348,12 +348,12 @@ def _nearest(space, codebook, backend, codes=None):
     # codes (n,) of the nearest centres, and the first back end that is sure of most rows
     n, (k, d) = len(space.rows), codebook.shape
     nearest = torch.empty(n, dtype=torch.int64, device=codebook.device)
-    todo, good = torch.arange(n, device=codebook.device), None
+    undecided, good = torch.arange(n, device=codebook.device), None
     for name in _ladder(backend, codebook):
-        if name == "tree" and name != backend and len(todo) * k < 2**24:
+        if name == "tree" and name != backend and len(undecided) * k < 2**24:
             continue
         find, unsure = _finder(space, codebook, name), []
-        for part in todo.split(_chunk(space.rows)):
+        for part in undecided.split(_chunk(space.rows)):
             proposals, certain = find(space.rows[part])
             if certain is not None:
                 nearest[part] = proposals[:, 0]
@@ -365,9 +365,9 @@ def _nearest(space, codebook, backend, codes=None):
             if name not in ("line", "direct") and k > 2:
                 error = _error(name, farthest, space.unit(rows).square().sum(1).sqrt(), d)  # (m,)
                 unsure.append(part[~(farthest - least > 2 * error)])
-        todo = torch.cat(unsure) if unsure else todo[:0]
-        good = name if good is None and 4 * len(todo) <= n else good
-        if not len(todo):
+        undecided = torch.cat(unsure) if unsure else undecided[:0]
+        good = name if good is None and 4 * len(undecided) <= n else good
+        if not len(undecided):
             break
     return nearest, good
 
