@@ -460,12 +460,24 @@ def _lloyd(space, k, start, max_iter, tol, backend):
         codes = _assign(space, codebook, search, codes)
     return codebook, codes, n_iter
 
+# %% ../nbs/01_clustering.ipynb #too-fine
+_LOOKED_AT = 64  # rows, to see whether float32 will do
+_FINE = 2.0**-16  # of a row's norm: distances below which rounding to float32 shows
+
+
+def _too_fine(space, centres):  # are most of the rows, as far as they lie on no centre, nearer to one than that?
+    rows = space.unit(space.rows[::-(-len(space.rows) // _LOOKED_AT)])
+    direct = "donot_use_mm_for_euclid_dist"
+    least = torch.cdist(rows, centres - space.shift, compute_mode=direct).amin(1)  # (m,)
+    fine = least < _FINE * rows.norm(dim=1)
+    return bool(2 * (fine & (least > 0)).sum() > (least > 0).sum())
+
 # %% ../nbs/01_clustering.ipynb #lloyd-tree
 def _lloyd_tree(space, k, start, max_iter, tol, backend):
     from deepkmeans.kernels import lloyd
 
     x = space.units()  # (n, d)
-    if not _exactly(space, x) and _nearest(space, start, backend)[1] != backend:
+    if _too_fine(space, start):
         return _lloyd(space, k, start, max_iter, tol, "direct")
     weight = None if space.weight is None else space.weight.numpy()
     codebook, n_iter, done = start, 0, False
