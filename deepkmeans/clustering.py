@@ -463,14 +463,15 @@ def _lloyd(space, k, start, max_iter, tol, backend):
 # %% ../nbs/01_clustering.ipynb #too-fine
 _LOOKED_AT = 64  # rows, to see whether float32 will do
 _FINE = 2.0**-16  # of a row's norm: distances below which rounding to float32 shows
+_VANISHING = 1e-18  # of the largest row: distances whose squares float32 does not hold
 
 
-def _too_fine(space, centres):  # are most of the rows, as far as they lie on no centre, nearer to one than that?
+def _too_fine(space, centres):  # of the rows that lie on no centre, are more than a quarter nearer to one than that?
     rows = space.unit(space.rows[::-(-len(space.rows) // _LOOKED_AT)])
     direct = "donot_use_mm_for_euclid_dist"
     least = torch.cdist(rows, centres - space.shift, compute_mode=direct).amin(1)  # (m,)
-    fine = least < _FINE * rows.norm(dim=1)
-    return bool(2 * (fine & (least > 0)).sum() > (least > 0).sum())
+    fine = least < (_FINE * rows.norm(dim=1)).clamp(min=_VANISHING)
+    return bool(4 * (fine & (least > 0)).sum() > (least > 0).sum())
 
 # %% ../nbs/01_clustering.ipynb #lloyd-tree
 def _lloyd_tree(space, k, start, max_iter, tol, backend):
