@@ -206,7 +206,6 @@ def test_every_baseline_runs_from_the_same_network(root, tmp_path):
 def test_committed_records_are_found_by_their_suites(root):
     for name, notebook in (
         ("lenet_regularizers_cpu", "retrain"),
-        ("figure1_2_lenet_cpu", "one_layer"),
         ("figure1_2_lenet_full", "one_layer"),
     ):
         records = store.read_records(root / "figures" / f"{name}.jsonl")
