@@ -260,7 +260,8 @@ def _fingerprint(batches):  # of a list of (images, labels)
 
 # %% ../nbs/05_retrain.ipynb #check
 def _checked(model, loader, epochs, lr, schedule, regularizer):
-    check_loader(loader)
+    if epochs or loader is not None:
+        check_loader(loader)
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule={schedule!r} must be one of {', '.join(SCHEDULES)}")
     for name, value in (("epochs", epochs), ("lr", lr)):
