@@ -260,13 +260,13 @@ def _fingerprint(batches):  # of a list of (images, labels)
 
 # %% ../nbs/05_retrain.ipynb #check
 def _checked(model, loader, epochs, lr, schedule, regularizer):
-    if epochs or loader is not None:
-        check_loader(loader)
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule={schedule!r} must be one of {', '.join(SCHEDULES)}")
     for name, value in (("epochs", epochs), ("lr", lr)):
         if not value >= 0:
             raise ValueError(f"{name}={value} must be at least 0")
+    if epochs or loader is not None:
+        check_loader(loader)
     if epochs and not len(loader):
         raise ValueError("loader holds no batches")
     own = set(model.modules())
