@@ -537,3 +537,17 @@ def test_it_does_what_the_ten_lines_of_the_chapter_do(root, backend, d, k):
     codebook, codes = chapter["plain_lloyd"](rows, rows[:k], 6)
     torch.testing.assert_close(found.codebook, codebook, rtol=1e-9, atol=1e-9)
     assert torch.equal(found.codes, codes)
+
+
+def test_only_the_module_keeps_what_numba_compiles_and_a_notebook_s_cell_does_not(root):
+    """A cell's cache outlived a change of _BLOCK, which it had compiled in, and the kernel wrote beyond its arrays."""
+    from deepkmeans import kernels
+
+    cells = json.loads((root / "nbs" / "50_kernels.ipynb").read_text())["cells"]
+    source = {cell["id"]: "".join(cell["source"]) for cell in cells}
+    names = {"__name__": "__main__"}  # as in a notebook, where there is no __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # numba finds no place for a function of a cell only where it looks for one
+        exec(source["imports"] + "\n" + source["flags"] + "\n" + source["compare-all"], names)
+    kinds = [type(compiled._cache).__name__ for compiled in (names["compare_all"], kernels.compare_all)]
+    assert kinds == ["NullCache", "FunctionCache"]
