@@ -461,30 +461,33 @@ def _lloyd(space, k, start, max_iter, tol, backend):
     return codebook, codes, n_iter
 
 # %% ../nbs/01_clustering.ipynb #too-fine
-_LOOKED_AT = 64  # rows, to see whether float32 will do
-_FINE = 2.0**-16  # of a row's norm: distances below which rounding to float32 shows
+_LOOKED_AT = 64  # rows, to see how they will do
+_FINE = 2.0**-16  # nearness below which rounding to float32 shows
+_COARSE = 2.0**-8  # nearness below which rounding of products shows
 _VANISHING = 1e-18  # of the largest row: distances whose squares float32 does not hold
 
 
-def _too_fine(space, centres):  # of the rows that lie on no centre, are more than a quarter nearer to one than that?
+def _nearness(space, centres):  # of rows to their centres, in shares of their norms: that of the nearest quarter
     rows = space.unit(space.rows[::-(-len(space.rows) // _LOOKED_AT)])
     direct = "donot_use_mm_for_euclid_dist"
     least = torch.cdist(rows, centres - space.shift, compute_mode=direct).amin(1)  # (m,)
-    fine = least < (_FINE * rows.norm(dim=1)).clamp(min=_VANISHING)
-    return bool(4 * (fine & (least > 0)).sum() > (least > 0).sum())
+    share = torch.where(least < _VANISHING, 0.0, least / rows.norm(dim=1))[least > 0]
+    return float(share.quantile(0.25)) if len(share) else 1.0
 
 # %% ../nbs/01_clustering.ipynb #lloyd-tree
 def _lloyd_tree(space, k, start, max_iter, tol, backend):
     from deepkmeans.kernels import lloyd
 
     x = space.units()  # (n, d)
-    if _too_fine(space, start):
+    nearness = _nearness(space, start)
+    if nearness < _FINE:
         return _lloyd(space, k, start, max_iter, tol, "direct")
     weight = None if space.weight is None else space.weight.numpy()
     codebook, n_iter, done = start, 0, False
     while not done:
         start = space.seen(codebook).double().numpy()  # (k, d)
-        codes, updates, done = lloyd(x.numpy(), weight, start, max_iter - n_iter, tol * space.spread)
+        ends = max_iter - n_iter, tol * space.spread
+        codes, updates, done = lloyd(x.numpy(), weight, start, *ends, nearness > _COARSE)
         codebook, codes, _ = _update(space, torch.from_numpy(codes), len(codebook) if n_iter else k)
         n_iter += updates + (not done)
         done = done or n_iter == max_iter
@@ -683,7 +686,7 @@ def _wanted(rows, k, warm, whole):  # what `auto` would like, best first
         if _compiles_for(rows):
             yield "triton"
     else:
-        if whole and (d <= 6 or k <= (4096 if d <= 12 else 512)) and not _too_large(n, d):
+        if whole and (d <= 6 or d <= 128 and k <= 1000 * d) and not _too_large(n, d):
             yield "tree"
         yield "faiss"
     yield "torch"

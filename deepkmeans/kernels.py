@@ -80,15 +80,35 @@ def _meet_four(rows, centres, c, coordinates, best, which):  # rows (d, _BLOCK);
         which[r] = name if square < best[r] else which[r]
         best[r] = min(square, best[r])
 
-# %% ../nbs/50_kernels.ipynb #meet-one
+# %% ../nbs/50_kernels.ipynb #half-squares
+@_quick
+def _half_squares(centres):  # ½‖c‖², (k,) float32
+    half = np.empty(len(centres), np.float32)
+    for c in range(len(centres)):
+        square = 0.0
+        for j in range(centres.shape[1]):
+            square += np.float64(centres[c, j]) ** 2
+        half[c] = square / 2
+    return half
+
+# %% ../nbs/50_kernels.ipynb #meet-some
+_PRODUCT = 2**18  # multiplications up to which OpenBLAS starts no threads of its own
+
+
+@_quick
+def _room(centres):  # for the products of a block with so many centres as that allows
+    return np.empty((max(1, _PRODUCT // (_BLOCK * centres.shape[1])), _BLOCK), np.float32)
+
+
 @_inline
-def _meet_one(rows, centres, c, coordinates, best, which):
-    for r in range(_BLOCK):
-        square = _ZERO
-        for j in range(len(coordinates)):
-            square += (rows[j, r] - centres[c, j]) ** 2
-        which[r] = np.int32(c) if square < best[r] else which[r]
-        best[r] = min(square, best[r])
+def _meet_some(rows, centres, half, first, products, best, which):  # as many centres as there is room for
+    some = slice(first, min(first + len(products), len(half)))
+    np.dot(centres[some], rows, products[:some.stop - first])
+    for c in range(first, some.stop):
+        for r in range(_BLOCK):
+            gain = half[c] - products[c - first, r]
+            which[r] = np.int32(c) if gain < best[r] else which[r]
+            best[r] = min(gain, best[r])
 
 # %% ../nbs/50_kernels.ipynb #nearer
 @_inline
@@ -105,20 +125,21 @@ def compare_all(
     x, # (n, d) float32, the same
     means, # (k, d) float64 centres
     centres, # (k, d) float32, the same; with far ones up to a multiple of four
-    coordinates, # a tuple of length d
+    coordinates, # from `_coordinates`
     codes, # (n,) int64, −1 for a row that has none; changed in place
     begin, end, # range of blocks to do
 ):
     """Move each row to its nearest centre by comparing it with all of them."""
     best, which = np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.int32)
+    half, products = _half_squares(centres[:len(means)]), _room(centres)
     for b in range(begin, end):
         best[:] = _INF
-        if len(coordinates) <= 12:
+        if len(coordinates):
             for c in range(0, len(centres), 4):
                 _meet_four(blocks[b], centres, c, coordinates, best, which)
         else:
-            for c in range(len(means)):
-                _meet_one(blocks[b], centres, c, coordinates, best, which)
+            for c in range(0, len(half), len(products)):
+                _meet_some(blocks[b], centres, half, c, products, best, which)
         first = b * _BLOCK
         for r in range(min(_BLOCK, len(x) - first)):
             own = codes[first + r]
@@ -137,6 +158,10 @@ def _in_fours(means):  # (k, d) float32, with centres that are nobody's nearest 
     centres = np.full((ceil(len(means) / 4) * 4, means.shape[1]), _FAR)
     centres[:len(means)] = means
     return centres
+
+# %% ../nbs/50_kernels.ipynb #coordinates
+def _coordinates(d):
+    return (0,) * d if d <= _SHORT else ()
 
 # %% ../nbs/50_kernels.ipynb #reach
 @_inline
@@ -201,17 +226,31 @@ def compare_near(
 
 # %% ../nbs/50_kernels.ipynb #meet-two
 @_inline
-def _meet(rows, centres, c, coordinates, squares, names):  # (2·_BLOCK,): of the nearest, then of the second nearest
+def _rank(square, c, r, squares, names):  # (2·_BLOCK,): of the nearest, then of the second nearest
+    best, second = squares[r], squares[_BLOCK + r]
+    loser = names[r] if square < best else np.int32(c)
+    names[_BLOCK + r] = loser if max(square, best) < second else names[_BLOCK + r]
+    names[r] = np.int32(c) if square < best else names[r]
+    squares[_BLOCK + r] = min(second, max(square, best))
+    squares[r] = min(square, best)
+
+# %% ../nbs/50_kernels.ipynb #rank-one
+@_inline
+def _rank_one(rows, centres, c, coordinates, squares, names):
     for r in range(_BLOCK):
         square = _ZERO
         for j in range(len(coordinates)):
             square += (rows[j, r] - centres[c, j]) ** 2
-        best, second = squares[r], squares[_BLOCK + r]
-        loser = names[r] if square < best else np.int32(c)
-        names[_BLOCK + r] = loser if max(square, best) < second else names[_BLOCK + r]
-        names[r] = np.int32(c) if square < best else names[r]
-        squares[_BLOCK + r] = min(second, max(square, best))
-        squares[r] = min(square, best)
+        _rank(square, c, r, squares, names)
+
+# %% ../nbs/50_kernels.ipynb #rank-some
+@_inline
+def _rank_some(rows, centres, half, first, products, squares, names):
+    some = slice(first, min(first + len(products), len(half)))
+    np.dot(centres[some], rows, products[:some.stop - first])
+    for c in range(first, some.stop):
+        for r in range(_BLOCK):
+            _rank(half[c] - products[c - first, r], c, r, squares, names)
 
 # %% ../nbs/50_kernels.ipynb #certain
 _U = 2.0**-24
@@ -221,8 +260,9 @@ _U = 2.0**-24
 def _certain(best, second, size, d):  # are these squared distances of a row of norm `size` in their true order?
     if second == _INF:
         return best < _INF
-    distance = sqrt(second)
-    error = _U * (2 * distance * (2 * size + distance) + (d + 4) * second)
+    distance = sqrt(max(second, 0.0))
+    reach = 2 * size + distance  # at least the norms of the row and of the centre together
+    error = _U * (2 * distance * reach + (d + 4) * second) if d <= _SHORT else _U * (d + 5) * reach**2
     return second - best > 3 * error + 1e-36
 
 
@@ -239,37 +279,47 @@ def nearest_two(
     blocks, # (n/_BLOCK, d, _BLOCK) float32: the rows, from `_blocks`
     x, # (n, d) float32, the same
     centres, # (k, d) float32
-    coordinates, # a tuple of length d
+    coordinates, # from `_coordinates`
     out, # (n, 2) int64: the nearest centre of each row and the second nearest; of one centre twice that
     certain, # (n,) bool: is the first known to be the nearest?
     begin, end, # range of blocks to do
 ):
     """Find two centres of each row by comparing it with all of them."""
     squares, names = np.empty(2 * _BLOCK, np.float32), np.zeros(2 * _BLOCK, np.int32)
+    half, products = _half_squares(centres), _room(centres)
     for b in range(begin, end):
         squares[:] = _INF
-        for c in range(len(centres)):
-            _meet(blocks[b], centres, c, coordinates, squares, names)
+        if len(coordinates):
+            for c in range(len(centres)):
+                _rank_one(blocks[b], centres, c, coordinates, squares, names)
+        else:
+            for c in range(0, len(half), len(products)):
+                _rank_some(blocks[b], centres, half, c, products, squares, names)
         first = b * _BLOCK
         for r in range(min(_BLOCK, len(out) - first)):
-            i = first + r
+            i, size = first + r, _norm(x, first + r)
             out[i, 0] = names[r]
             out[i, 1] = names[_BLOCK + r] if len(centres) > 1 else names[r]
-            certain[i] = _certain(squares[r], squares[_BLOCK + r], _norm(x, i), len(coordinates))
+            best, second = np.float64(squares[r]), np.float64(squares[_BLOCK + r])
+            if not len(coordinates):
+                best, second = size**2 + 2 * best, size**2 + 2 * second
+            certain[i] = _certain(best, second, size, x.shape[1])
 
 # %% ../nbs/50_kernels.ipynb #search-all
 def _among_all(centres):  # from rows and a pool to (n, 2) and (n,)
-    coordinates = (0,) * centres.shape[1]
+    coordinates = _coordinates(centres.shape[1])
 
     def find(x, pool):
         blocks, out, certain = _blocks(x), np.empty((len(x), 2), np.int64), np.empty(len(x), np.bool_)
         _parallel(pool, nearest_two, len(blocks), blocks, x, centres, coordinates, out, certain)
+        if not coordinates and not certain.all():  # by differences of coordinates, which round less
+            out[~certain], certain[~certain] = _in_tree(centres)(x[~certain], pool)
         return out, certain
     return find
 
 # %% ../nbs/50_kernels.ipynb #few-code
-def _few(k, d):  # measured over 15 and 60 iterations; without loops over coordinates up to a length of 25
-    return k <= (1000 if d <= _SHORT else 400) * d and d <= 25
+def _few(k, d):  # measured over 15 and 60 iterations
+    return k <= 1000 * d and d <= 128
 
 # %% ../nbs/50_kernels.ipynb #order
 @_quick
@@ -643,6 +693,7 @@ def lloyd(
     start, # (k, d) float64 centres
     max_iter, # at most so many updates of the centres
     stop, # end when the squared moves of the centres sum to no more than this
+    products=True, # are distances large enough for products of longer rows, which round more coarsely?
 ):
     """codes (n,), updates that were made, and whether it ended by itself rather than by an empty cluster.
 
@@ -650,14 +701,17 @@ def lloyd(
     """
     weight = np.empty(0) if weight is None else weight
     start = start.astype(np.float32).astype(np.float64)  # (k, d)
+    short = x.shape[1] <= _SHORT
+    few = _few(*start.shape) and (short or products)
     with _Pool(x, start) as pool:
-        unsorted = _few(*start.shape) and (len(start) < 64 or x.shape[1] > _SHORT)
-        return (_lloyd_few if unsorted else _lloyd_sorted)(x, weight, start, max_iter, stop, pool)
+        if few and not (short and len(start) >= 64):
+            return _lloyd_few(x, weight, start, max_iter, stop, pool)
+        return _lloyd_sorted(x, weight, start, max_iter, stop, pool, _Near if few else _Bounds)
 
 # %% ../nbs/50_kernels.ipynb #lloyd-few
 def _lloyd_few(x, weight, means, max_iter, stop, pool):
     blocks, codes = _blocks(x), np.full(len(x), -1)  # (n/_BLOCK, d, _BLOCK), (n,)
-    coordinates = (0,) * x.shape[1]
+    coordinates = _coordinates(x.shape[1])
 
     def move(means):
         _parallel(pool, compare_all, len(blocks), blocks, x, means, _in_fours(means), coordinates, codes)
@@ -666,21 +720,20 @@ def _lloyd_few(x, weight, means, max_iter, stop, pool):
     return codes, *_iterate(x, weight, means, codes, max_iter, stop, move)
 
 # %% ../nbs/50_kernels.ipynb #lloyd-many
-def _lloyd_sorted(x, weight, start, max_iter, stop, pool):  # the rows sorted by their centres, these as in a tree
+def _lloyd_sorted(x, weight, start, max_iter, stop, pool, mover):  # the rows sorted by their centres, these as in a tree
     k, centres = len(start), start.astype(np.float32)
     order = tree_order(centres, _depth(k))  # (k,)
     codes = order.argsort()[_search(centres)(x, pool)[0][:, 0]]  # (n,)
     members, _ = group(codes, k, len(x))
     x, codes, weight = x[members], codes[members], weight[members] if len(weight) else weight
-    move = _Near(x, codes, pool) if _few(*start.shape) else _Bounds(x, centres[order], codes, pool)
-    ended = _iterate(x, weight, start[order], codes, max_iter, stop, move)
+    ended = _iterate(x, weight, start[order], codes, max_iter, stop, mover(x, centres[order], codes, pool))
     back = np.empty_like(codes)
     back[members] = order[codes]
     return back, *ended
 
 # %% ../nbs/50_kernels.ipynb #near-mover
 class _Near:  # compares blocks of rows with the centres near them
-    def __init__(self, x, codes, pool):
+    def __init__(self, x, _, codes, pool):
         self.x, self.codes, self.pool = x, codes, pool
         self.blocks = _blocks(x)
         self.low, self.high = self.blocks.min(2), self.blocks.max(2)  # (n/_BLOCK, d)
