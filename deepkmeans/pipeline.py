@@ -18,7 +18,7 @@ from .allocation import allocate
 from .regularizer import Regularizer
 from .retrain import Accuracy, _checked, _modes, _restore, classification_loss, evaluate, train
 from .plan import LAYERS, Plan
-from .sharing import SharingReport, share
+from .sharing import SharingReport, share, shared_layers, unshare
 
 # %% ../nbs/13_compress.ipynb #bits
 def bits_for_ratio(
@@ -87,6 +87,8 @@ def _all_or_nothing(model):  # after an error, or Ctrl-C, weights and buffers ar
     try:
         yield
     except BaseException:
+        if shared_layers(model):
+            unshare(model)
         model.load_state_dict(before)
         raise
     finally:
@@ -150,5 +152,5 @@ def compress(
                             weight_decay=weight_decay, checkpoint=checkpoint, progress=progress)
             history, codes = _retrained(model, plan, ratio, loader, distill, seed, backend, **training)
         sharing = share(model, plan, codes=codes, **common)
-    after = _accuracy(model, test_loader, amp)
+        after = _accuracy(model, test_loader, amp)
     return Outcome(ratio, plan, sharing, compression(model), history, before, after)

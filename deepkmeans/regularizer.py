@@ -6,6 +6,8 @@
 __all__ = ['LOOK_EVERY', 'SETTLED', 'TRIES', 'CLOSE', 'SETTLING', 'KINDS', 'lasting_share', 'Regularizer']
 
 # %% ../nbs/04_regularizer.ipynb #imports
+import hashlib
+import json
 from dataclasses import asdict
 from itertools import accumulate
 from math import isfinite, log
@@ -15,7 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .clustering import encode
+from .clustering import encode, pinned_rows
 from .rows import from_rows, to_rows
 from .plan import LayerPlan
 from .sharing import centroids, cluster_layers, planned_layers
@@ -57,13 +59,17 @@ class _Penalty:
     def refresh(self):
         found = cluster_layers(self.layers, self.plan, codes=self.codes, **self.how)
         for name, clustering in found.items():
-            rows = to_rows(self.layers[name].weight.detach(), self.plan[name].layout)
+            rows = self.rows(name).detach()
             self.codes[name] = clustering.codes
             self.F[name] = self.projection(rows, clustering, self.plan[name].pinned)
 
+    def rows(self, name):  # (n, d), at least float32
+        rows = to_rows(self.layers[name].weight, self.plan[name].layout)
+        return rows.to(torch.promote_types(rows.dtype, torch.float32))
+
     def residuals(self):  # rows (n, d) and, without gradient, what F leaves of them
-        for name, module in self.layers.items():
-            rows = to_rows(module.weight, self.plan[name].layout)  # (n, d)
+        for name in self.layers:
+            rows = self.rows(name)
             yield rows, rows.detach() - self.F[name].project(rows.detach())
 
     def __call__(self):
@@ -81,6 +87,9 @@ def _penalty_state(penalty):  # {name: tensor}
 
 
 def _load_penalty(penalty, state):
+    for key, own in _penalty_state(penalty).items():
+        if state[key].shape != own.shape:
+            raise ValueError(f"the state holds {key} {tuple(state[key].shape)}, must be {tuple(own.shape)}")
     for name, F in penalty.F.items():
         penalty.codes[name] = state[f"{name}.codes"]
         if penalty.projection is _Spectral:
@@ -110,7 +119,7 @@ def _pinned_price(rows, codebook, share):
     if share and len(codebook) > 1:
         distance = encode(rows, codebook[1:])[1]  # (n,)
         lost = rows.double().square().sum(1) - distance  # (n,) by going to zero
-        price[0] = -lost.kthvalue(max(1, round(share * len(rows)))).values
+        price[0] = -lost.kthvalue(pinned_rows(len(rows), share)).values
     return price
 
 # %% ../nbs/04_regularizer.ipynb #cheapest
@@ -287,8 +296,28 @@ def _nearest_centres(view):  # codes (n,)
 def _by_distance(blocks):  # codes of each layer of each block
     return [[_nearest_centres(view) for view in _views(block)] for block in blocks]
 
+# %% ../nbs/04_regularizer.ipynb #try
+class _Try(NamedTuple):
+    mu: float
+    over: float  # bits that are spent over those that are wanted
+    codes: list  # of each layer of each block
+
+# %% ../nbs/04_regularizer.ipynb #next-price
+def _next_price(tried):  # the more a bit costs, the fewer are spent
+    low = max((one for one in tried if one.over > 1), key=lambda one: one.mu, default=None)
+    high = min((one for one in tried if one.over <= 1), key=lambda one: one.mu, default=None)
+    if not (low and high):
+        return max(1e-15, min(1e15, tried[-1].mu * max(0.2, min(5.0, tried[-1].over**3))))
+    share = log(low.over) / log(low.over / high.over)  # on the line through both, in logarithms
+    return low.mu * (high.mu / low.mu) ** max(0.1, min(0.9, share))
+
+# %% ../nbs/04_regularizer.ipynb #priced
+def _priced(view, price):  # codes (n,) where a bit costs so much of squared distance
+    lengths = _code_lengths(torch.bincount(view.codes, minlength=len(view.codebook)))  # (k,)
+    return _nearest(view.places, view.codebook, price * lengths)
+
 # %% ../nbs/04_regularizer.ipynb #price
-TRIES = 4  # prices that are tried at a look
+TRIES = 12  # prices that are tried at a look
 CLOSE = 0.002  # how close to the wanted bits is close enough, as a share
 
 
@@ -299,19 +328,19 @@ class _Price:
         self.bits, self.mu = bits, 1.0
         self.worth = [[_worth(view) for view in _views(block)] for block in blocks]  # σ of each layer
 
-    def __call__(self, blocks):  # codes of each layer of each block
-        views = [_views(block) for block in blocks]
-        for _ in range(TRIES):
-            codes = [[self._priced(v, worth) for v, worth in zip(*of)] for of in zip(views, self.worth)]
-            spent = sum(_spent_bits(c, v.codebook) for own, of in zip(codes, views) for c, v in zip(own, of))
-            if abs(spent / self.bits - 1) < CLOSE:
-                break
-            self.mu *= (spent / self.bits) ** 3
-        return codes
+    def __call__(self, blocks):  # codes of each layer of each block, those of the price that comes closest
+        views, tried = [_views(block) for block in blocks], []
+        while len(tried) < TRIES and (not tried or abs(tried[-1].over - 1) > CLOSE):
+            tried.append(self._tried(views, _next_price(tried) if tried else self.mu))
+        best = min(tried, key=lambda one: abs(log(one.over)))
+        self.mu = best.mu
+        return best.codes
 
-    def _priced(self, view, worth):
-        lengths = _code_lengths(torch.bincount(view.codes, minlength=len(view.codebook)))  # (k,)
-        return _nearest(view.places, view.codebook, self.mu * worth * lengths)
+    def _tried(self, views, mu):
+        pairs = [zip(*of) for of in zip(views, self.worth)]
+        codes = [[_priced(view, mu * worth) for view, worth in own] for own in pairs]
+        spent = sum(_spent_bits(c, v.codebook) for own, of in zip(codes, views) for c, v in zip(own, of))
+        return _Try(mu, spent / self.bits, codes)
 
 # %% ../nbs/04_regularizer.ipynb #threshold
 def _threshold(view):  # by how much the last row that the plan leaves at zero would be nearer to a centre
@@ -346,6 +375,7 @@ def _hard_state(hard):  # {name: tensor}
     state["counters"] = torch.tensor([hard.steps, hard.moved])
     if hard.price:
         state["mu"] = torch.tensor(hard.price.mu, dtype=torch.float64)
+        state["worth"] = torch.tensor(sum(hard.price.worth, []), dtype=torch.float64)  # σ, layer after layer
     return state
 
 # %% ../nbs/04_regularizer.ipynb #layer-state
@@ -363,6 +393,8 @@ def _load_hard(hard, state):
     hard.steps, hard.moved = state["counters"].tolist()
     if hard.price:
         hard.price.mu = float(state["mu"])
+        worth = iter(state["worth"].tolist())
+        hard.price.worth = [[next(worth) for _ in own] for own in hard.price.worth]
     for block in hard.blocks:
         block.given = _held(block)
 
@@ -463,10 +495,18 @@ class Regularizer:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """What a resumed training needs beside the weights and `settings`."""
-        return _hard_state(self._hard) if self.kind == "hard" else _penalty_state(self._penalty)
+        state = _hard_state(self._hard) if self.kind == "hard" else _penalty_state(self._penalty)
+        return state | {"of": self._of()}
+
+    def _of(self):  # what a state belongs to, as (32,) uint8
+        what = {name: value for name, value in self.settings().items() if name in ("kind", "bits", "plan")}
+        digest = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).digest()
+        return torch.tensor(list(digest), dtype=torch.uint8)
 
     def load_state_dict(self, state: dict[str, torch.Tensor]):
-        """Take up what `state_dict` gave. Raises `ValueError` for the state of another plan."""
+        """Take up what `state_dict` gave. Raises `ValueError` for the state of another kind, plan, network or `bits`."""
+        if "of" not in state or not torch.equal(state["of"].cpu(), self._of()):
+            raise ValueError(f"the state is none of kind={self.kind!r} with this plan and bits={self.bits}")
         if self.kind == "hard":
             _load_hard(self._hard, state)
         else:

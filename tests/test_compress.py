@@ -205,3 +205,11 @@ def test_data_that_are_in_no_batches_are_refused_wherever_a_loader_is_wanted(wro
         with pytest.raises(ValueError, match=f"loader is a {type(loader).__name__}, must give batches"):
             call()
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_test_images_that_run_out_leave_the_network_as_it_was(dense, batches):
+    net = copy.deepcopy(dense)
+    with pytest.raises(ValueError, match="no images"):
+        dk.compress(net, 4, test_loader=iter(batches[1]), progress=False)
+    held, before = net.state_dict(), dense.state_dict()
+    assert held.keys() == before.keys() and all(torch.equal(held[name], before[name]) for name in before)

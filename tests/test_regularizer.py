@@ -143,11 +143,14 @@ def run_on_the_device():
     assert net[2].weight.is_cuda and all(codes.is_cuda for codes in regularizer.codes().values())
 
 
-def test_an_interrupted_loop_goes_on_to_the_same_bits():
-    def begin():
+@pytest.mark.parametrize("bits, order", [(None, 1), (1700.0, 1), (1700.0, -1)])
+def test_an_interrupted_loop_goes_on_to_the_same_bits(bits, order):  # order: weights first, or the regularizer
+    def begin(states=()):
         net = small_net()
-        plan = dk.make_plan(net, k=5, sparsity=0.2)
-        return net, OPTIMIZERS["momentum"](net.parameters()), dk.Regularizer(net, plan)
+        plan = dk.make_plan(net, k=5, sparsity=0.2 if order > 0 else 0.0)
+        if order < 0 and states:
+            net.load_state_dict(states[0])
+        return net, OPTIMIZERS["momentum"](net.parameters()), dk.Regularizer(net, plan, bits=bits)
 
     def go_on(net, optimizer, regularizer, steps):
         for i in steps:
@@ -159,7 +162,7 @@ def test_an_interrupted_loop_goes_on_to_the_same_bits():
     net, optimizer, regularizer = begin()
     go_on(net, optimizer, regularizer, range(23))
     states = copy.deepcopy([net.state_dict(), optimizer.state_dict(), regularizer.state_dict()])
-    resumed = begin()
+    resumed = begin(states)
     for part, state in zip(resumed, states):
         part.load_state_dict(state)
     go_on(*resumed, range(23, 50))
@@ -168,10 +171,55 @@ def test_an_interrupted_loop_goes_on_to_the_same_bits():
     assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
 
 
-def test_the_state_of_another_plan_is_refused():
-    one, other = (dk.Regularizer(net, dk.make_plan(net, k=k)) for net, k in ((small_net(), 8), (small_net(), 4)))
-    with pytest.raises(ValueError, match="at most 4 centres"):
+OTHERS = {
+    "fewer clusters": dict(k=4),
+    "more clusters": dict(k=12),
+    "pinned": dict(k=8, sparsity=0.2),
+    "another layout": dict(k=8, layout="kernel"),
+}
+
+
+@pytest.mark.parametrize("kind", ["hard", "indicator", "spectral"])
+@pytest.mark.parametrize("given", OTHERS.values(), ids=OTHERS)
+def test_the_state_of_another_plan_is_refused(kind, given):
+    net = small_net()
+    one = dk.Regularizer(net, dk.make_plan(net, k=8), kind)
+    other = dk.Regularizer(net, dk.make_plan(net, **given), kind)
+    with pytest.raises(ValueError, match="with this plan"):
         other.load_state_dict(one.state_dict())
+    with pytest.raises(ValueError, match="with this plan"):
+        other.load_state_dict({})
+
+
+@pytest.mark.parametrize("kind", ["hard", "indicator", "spectral"])
+def test_the_state_of_another_network_is_refused(kind):
+    nets = [nn.Sequential(nn.Conv2d(1, c, 3)) for c in (8, 9)]
+    one, other = (dk.Regularizer(net, dk.make_plan(net, k=4), kind) for net in nets)
+    with pytest.raises(ValueError, match="0"):
+        other.load_state_dict(one.state_dict())
+
+
+def test_the_state_of_another_wanted_size_is_refused():
+    net = small_net()
+    plan = dk.make_plan(net, k=8)
+    plain, sized = dk.Regularizer(net, plan), dk.Regularizer(net, plan, bits=9000.0)
+    for taker, giver in ((plain, sized), (sized, plain)):
+        with pytest.raises(ValueError, match="bits="):
+            taker.load_state_dict(giver.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["indicator", "spectral"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_penalty_on_half_precision_is_computed_in_float32(kind, dtype):
+    net = small_net()
+    for parameter in net.parameters():
+        parameter.data.mul_(1e-3)
+    net.to(dtype)
+    wide = copy.deepcopy(net).double()
+    plan = dk.make_plan(net, k=4)
+    half, double = (dk.Regularizer(model, plan, kind, strength=0.5) for model in (net, wide))
+    assert half.distortion() == pytest.approx(double.distortion(), rel=1e-4)
+    assert float(half.penalty()) == pytest.approx(float(double.penalty()), rel=1e-4, abs=1e-9)
 
 
 def test_train_refuses_a_regularizer_of_another_network_and_a_checkpoint_of_another_plan(tmp_path):
@@ -219,6 +267,23 @@ def test_all_codes_together_keep_to_a_wanted_number_of_bits():
         dk.share(trained, plan, codes=regularizer.codes())
         spent = sum(row["index_bits"] + row["codebook_bits"] for row in dk.compression(trained, coding="entropy").lines)
         assert spent == pytest.approx(wanted, rel=0.03)
+
+
+@pytest.mark.parametrize("share", [0.08, 0.15, 0.3])
+def test_a_wanted_size_is_met_where_most_rows_lie_between_zero_and_the_centres(share):
+    """A large layer of few clusters: a little more a bit sends all its rows to zero, a little less none."""
+    g = torch.Generator().manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 20, 5), nn.Flatten(), nn.Linear(400, 200))
+    with torch.no_grad():
+        for layer in (net[0], net[2]):
+            layer.weight.copy_(torch.randn(layer.weight.shape, generator=g).clamp(-3, 3))
+    of_layer = {"0": dk.LayerPlan(k=12), "2": dk.LayerPlan(k=3, sparsity=0.98, layout="scalar")}
+    plan = dk.make_plan(net, include=(nn.Conv2d, nn.Linear), overrides=of_layer)
+    wanted = share * 80_000
+    regularizer = dk.Regularizer(net, plan, bits=wanted)
+    dk.share(net, plan, codes=regularizer.codes())
+    spent = sum(line["index_bits"] + line["codebook_bits"] for line in dk.compression(net, coding="entropy").lines)
+    assert spent == pytest.approx(wanted, rel=0.01)
 
 
 class Count(TorchDispatchMode):

@@ -324,3 +324,30 @@ def test_a_float64_layer_is_clustered_as_float64():
     )
     dk.share(net, dk.make_plan(net, k=3, include=nn.Linear))
     assert sorted(shared_layers(net)["0"].counts.tolist()) == [50, 50, 50]
+
+
+@pytest.mark.parametrize("sparse_at", ["zero", "mean"])
+def test_a_share_of_less_than_one_row_pins_one(sparse_at):
+    """1 % of 24 rows once pinned none, and then put a centre that had rows at zero."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 8, 3))
+    dense = net[0].weight.detach().clone()
+    plan = dk.make_plan(net, overrides={"0": dk.LayerPlan(k=4, sparsity=0.01, sparse_at=sparse_at)})
+    report = dk.share(net, plan)
+    shared = net[0].weight.detach()
+    lost = float((dense - shared).square().sum() / dense.square().sum())
+    assert report.lines[0]["distortion"] == pytest.approx(lost, rel=1e-5)
+    rows, pinned = dense.reshape(-1, 3), shared.reshape(-1, 3)
+    at_zero = (pinned == 0).all(1)
+    if sparse_at == "zero":
+        assert at_zero.nonzero().tolist() == [[int(rows.norm(dim=1).argmin())]]
+
+
+def test_hard_retraining_with_a_share_of_less_than_one_row_is_only_written_down():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 8, 3))
+    plan = dk.make_plan(net, k=4, sparsity=0.01)
+    regularizer = dk.Regularizer(net, plan)
+    held = net[0].weight.detach().clone()
+    dk.share(net, plan, codes=regularizer.codes())
+    assert torch.equal(net[0].weight, held)
