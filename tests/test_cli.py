@@ -107,7 +107,7 @@ def test_inspect_and_decompress_agree_with_the_library(here, capsys):
     code, out, _ = run("inspect half.dkm", capsys)
     assert code == 0 and "conv2" in out and "F16" in out and f"{inspect('half.dkm').bytes:,} bytes" in out
     assert (
-        sum(r["bytes"] for r in json.loads(run("inspect half.dkm --json", capsys)[1])["rows"])
+        sum(r["bytes"] for r in json.loads(run("inspect half.dkm --json", capsys)[1])["lines"])
         == Path("half.dkm").stat().st_size
     )
     assert run("decompress half.dkm -o dense.safetensors", capsys)[0] == 0
@@ -217,6 +217,11 @@ def test_energy_of_a_file_and_of_a_name(here, capsys):
         ("energy good.dkm --arch mine:small --input 1 8 8", "has no"),
         ("energy lenet5 --arch lenet5", "either a FILE or --arch"),
         ("compress lenet.pt --arch lenet5 --ratio 20 --sparsity 0.5 -o x.dkm", "sparsity=0.5 cannot be given"),
+        ("compress lenet.pt --arch lenet5 --plan wrn-45 --first 9 -o x.dkm", "first=9 cannot be given with --plan"),
+        ("compress lenet.pt --arch lenet5 --plan wrn-45 --sparsity 0 -o x.dkm", "sparsity=0.0 cannot be given with"),
+        ("compress lenet.pt --arch lenet5 --plan wrn-45 --layout row -o x.dkm", "layout='row' cannot be given with"),
+        ("compress lenet.pt --arch lenet5 --plan wrn-45 --exclude fc1 -o x.dkm", "exclude=['fc1'] cannot be given"),
+        ("compress lenet.pt --arch lenet5 --plan wrn-45 --include Linear -o x.dkm", "include=['Linear'] cannot be"),
         ("inspect lenet.safetensors", "no deepkmeans file"),
         ("inspect .", "is no file"),
         ("decompress lenet.pt -o x.safetensors", "lenet.pt:"),
