@@ -601,3 +601,10 @@ def test_a_wrong_option_in_a_file_is_told_with_the_file(folder, tmp_path, monkey
     err = capsys.readouterr().err
     assert ended.value.code == 2 and err.count("\n") == 1 and not (tmp_path / "x.dkm").exists()
     assert f"config='{tmp_path}/bad.yaml'" in err and message in err
+
+
+def test_the_page_of_the_command_line_opens_with_a_session(root):
+    cells = json.loads((root / "nbs" / "40_cli.ipynb").read_text())["cells"]
+    sources = ["".join(cell["source"]) for cell in cells]
+    session = next(i for i, text in enumerate(sources) if 'shell("deepkmeans compress' in text)
+    assert session < min(i for i, text in enumerate(sources) if text.startswith("#| export"))
