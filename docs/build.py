@@ -29,6 +29,7 @@ SECTIONS = {  # caption: patterns of its pages, in their order
 }
 # shorter in the navigation than on the page
 TITLES = {"nbs/index.ipynb": "Overview", "nbs/benchmarks.ipynb": "Benchmarks"}
+EXPORTS_FOLDED = ("nbs/index.ipynb", "nbs/40_cli.ipynb")  # pages that are read for what they show
 RESULTS_FIRST = ("nbs/paper/", "nbs/benchmarks", "nbs/tutorials/evidence")  # pages whose code is folded
 
 
@@ -78,7 +79,7 @@ def page(path, name, links):
                 )
             folded = (
                 {"exporti", "echo"} & set(said)
-                or name == "nbs/index.ipynb"
+                or name in EXPORTS_FOLDED
                 and "export" in said
                 or name.startswith(RESULTS_FIRST)
             )

@@ -3,10 +3,12 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
 import time
+from configparser import ConfigParser
 from pathlib import Path
 
 import numpy as np
@@ -107,7 +109,7 @@ def test_inspect_and_decompress_agree_with_the_library(here, capsys):
     code, out, _ = run("inspect half.dkm", capsys)
     assert code == 0 and "conv2" in out and "F16" in out and f"{inspect('half.dkm').bytes:,} bytes" in out
     assert (
-        sum(r["bytes"] for r in json.loads(run("inspect half.dkm --json", capsys)[1])["rows"])
+        sum(r["bytes"] for r in json.loads(run("inspect half.dkm --json", capsys)[1])["lines"])
         == Path("half.dkm").stat().st_size
     )
     assert run("decompress half.dkm -o dense.safetensors", capsys)[0] == 0
@@ -174,7 +176,13 @@ def test_energy_of_a_file_and_of_a_name(here, capsys):
         ),
         ("compress text.pt --arch lenet5 --K 8 -o x.dkm", "neither torch nor safetensors wrote it"),
         ("compress empty.pt --arch lenet5 --K 8 -o x.dkm", "neither torch nor safetensors wrote it"),
-        ("compress lenet.pt --arch lenet6 --K 8 -o x.dkm", "must be one of lenet5"),
+        (
+            "compress lenet.pt --arch lenet6 --K 8 -o x.dkm",
+            "arch='lenet6' (did you mean 'lenet5'?) must be one of lenet5",
+        ),
+        ("compress lenet.pt --arch resnet19 --K 8 -o x.dkm", "arch='resnet19' (did you mean 'resnet18'?)"),
+        ("compress lenet.pt --arch torchvision:vgg_16 --K 8 -o x.dkm", "(did you mean 'torchvision:vgg16'?)"),
+        ("compress lenet.pt --arch zzzzzz --K 8 -o x.dkm", "arch='zzzzzz' must be one of lenet5"),
         (
             "compress lenet.pt --arch lenet5 --num-classes 7 --K 8 -o x.dkm",
             "'fc2.weight' is 10×500 in the file and 7×500",
@@ -217,6 +225,11 @@ def test_energy_of_a_file_and_of_a_name(here, capsys):
         ("energy good.dkm --arch mine:small --input 1 8 8", "has no"),
         ("energy lenet5 --arch lenet5", "either a FILE or --arch"),
         ("compress lenet.pt --arch lenet5 --ratio 20 --sparsity 0.5 -o x.dkm", "sparsity=0.5 cannot be given"),
+        ("compress lenet.pt --arch lenet5 --plan wrn-45 --first 9 -o x.dkm", "first=9 cannot be given with --plan"),
+        ("compress lenet.pt --arch lenet5 --plan wrn-45 --sparsity 0 -o x.dkm", "sparsity=0.0 cannot be given with"),
+        ("compress lenet.pt --arch lenet5 --plan wrn-45 --layout row -o x.dkm", "layout='row' cannot be given with"),
+        ("compress lenet.pt --arch lenet5 --plan wrn-45 --exclude fc1 -o x.dkm", "exclude=['fc1'] cannot be given"),
+        ("compress lenet.pt --arch lenet5 --plan wrn-45 --include Linear -o x.dkm", "include=['Linear'] cannot be"),
         ("inspect lenet.safetensors", "no deepkmeans file"),
         ("inspect .", "is no file"),
         ("decompress lenet.pt -o x.safetensors", "lenet.pt:"),
@@ -250,7 +263,57 @@ def test_a_user_error_is_one_line_and_writes_nothing(line, message, here, capsys
 def test_wrong_usage_exits_with_2(line, capsys):
     with pytest.raises(SystemExit) as done:
         main(line.split())
-    assert done.value.code == 2 and "usage: deepkmeans" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert done.value.code == 2 and err.count("\n") == 1
+    assert re.fullmatch(r"deepkmeans: error: .+; see deepkmeans( \w+)? --help\n", err)
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("compres x", "there is no command 'compres' (did you mean 'compress'?)"),
+        ("zzz", "there is no command 'zzz'; see"),
+        ("compress x --arch lenet5 --conf bad.yaml --K 4 -o y", "'--conf' (did you mean '--config'?)"),
+        ("compress x --arch lenet5 --ratoi=3 -o y", "there is no option '--ratoi' (did you mean '--ratio'?)"),
+        ("compress x --arch lenet5 --k 3 -o y", "there is no option '--k' (did you mean '--K'?)"),
+        ("compress x --arch lenet5 --ratio 3 --K 4 -o y", "argument --K: not allowed with argument --ratio"),
+        ("inspect x --max 3000", "unrecognized arguments: --max 3000"),
+        ("evaluate x --data digits --rec", "unrecognized arguments: --rec"),
+    ],
+)
+def test_wrong_usage_is_told_in_a_line(line, message, capsys):
+    with pytest.raises(SystemExit) as done:
+        main(line.split())
+    err = capsys.readouterr().err
+    assert done.value.code == 2 and err.count("\n") == 1 and message in err
+
+
+@pytest.mark.parametrize("line", ["retrain", "retrain epochs=3", "reproduce figure1 --protocol smoke"])
+def test_outside_a_clone_one_is_told_where_to_get_it(line, root, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    settings = ConfigParser()
+    settings.read(root / "settings.ini")
+    code, out, err = run(line, capsys)
+    assert code == 1 and out == "" and not list(tmp_path.iterdir())
+    url = settings["DEFAULT"]["git_url"]
+    assert err == f"deepkmeans: error: run it in a clone of the repository: git clone {url}\n"
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ("epcohs=3", "there is no parameter 'epcohs' (did you mean 'epochs'?)"),
+        ("k=3", "there is no parameter 'k' (did you mean 'K'?)"),
+        ("zzzzzz=3", "there is no parameter 'zzzzzz'; nbs/retrain.ipynb tells of all"),
+        ("epochs=many", "epochs='many' must be of type int"),
+    ],
+)
+def test_the_parameters_of_the_main_job_are_read_before_it_starts(given, message, root, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("papermill")
+    monkeypatch.chdir(root)
+    monkeypatch.setattr("deepkmeans.paper.suite.execute", lambda *_, **__: pytest.fail("a kernel was started"))
+    code, out, err = run(f"retrain {given}", capsys)
+    assert code == 1 and out == "" and err.count("\n") == 1 and message in err and len(err) < 150
 
 
 @pytest.mark.parametrize("command", ["compress", "inspect", "decompress", "evaluate", "energy"])
@@ -501,9 +564,47 @@ def test_a_file_of_options_that_is_none_is_one_line(folder, tmp_path, monkeypatc
     assert message in said and said.count("\n") == 1
 
 
-def test_an_unknown_option_in_a_file_is_wrong_usage(folder, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("name, size", [("ratio", 20), ("plan", "wrn-45"), ("rate", 0.1)])
+def test_a_typed_size_wins_over_another_of_a_file(folder, tmp_path, monkeypatch, capsys, name, size):
     monkeypatch.chdir(folder)
-    (tmp_path / "bad.yaml").write_text("arch: lenet5\nratios: 20")
+    (tmp_path / "sized.json").write_text(json.dumps({"arch": "lenet5", name: size}))
+    line = f"compress lenet.pt --config {tmp_path}/sized.json --K 4 -o {tmp_path}/x.dkm --json"
+    code, out, err = run(line, capsys)
+    assert code == 0 and {layer["k"] for layer in json.loads(out)["layers"]} == {4}, err
+
+
+@pytest.mark.parametrize("line", ["lenet.pt --config {0}", "--config {0} lenet.pt", "--K 4 lenet.pt --config {0}"])
+def test_a_typed_model_wins_over_that_of_a_file(folder, tmp_path, monkeypatch, capsys, line):
+    monkeypatch.chdir(folder)
+    (tmp_path / "model.json").write_text(json.dumps(dict(arch="lenet5", model="gone.pt", K=8)))
+    code, _, err = run(f"compress {line.format(tmp_path / 'model.json')} -o {tmp_path}/x.dkm", capsys)
+    assert code == 0 and (tmp_path / "x.dkm").exists(), err
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("ratoi: 20", "has an unknown option 'ratoi' (did you mean 'ratio'?)"),
+        ("ratoi: 20\narch: lenet5\nmodel: lenet.pt", "has an unknown option 'ratoi' (did you mean 'ratio'?)"),
+        ("config: other.yaml", "has an unknown option 'config'"),
+        ("zzzzzz: 20", "has an unknown option 'zzzzzz'; see"),
+        ("K: many", "argument --K: 'many' must be a whole number of at least 1"),
+        ("layout: rwo", "argument --layout: invalid choice: 'rwo'"),
+        ("K: 4\nratio: 3", "argument --ratio: not allowed with argument --K"),
+    ],
+)
+def test_a_wrong_option_in_a_file_is_told_with_the_file(folder, tmp_path, monkeypatch, capsys, content, message):
+    monkeypatch.chdir(folder)
+    (tmp_path / "bad.yaml").write_text(content)
     with pytest.raises(SystemExit) as ended:
-        main(f"compress lenet.safetensors --config {tmp_path}/bad.yaml --K 8 -o {tmp_path}/x.dkm".split())
-    assert ended.value.code == 2 and "--ratios=20" in capsys.readouterr().err and not (tmp_path / "x.dkm").exists()
+        main(f"compress lenet.safetensors --config {tmp_path}/bad.yaml -o {tmp_path}/x.dkm".split())
+    err = capsys.readouterr().err
+    assert ended.value.code == 2 and err.count("\n") == 1 and not (tmp_path / "x.dkm").exists()
+    assert f"config='{tmp_path}/bad.yaml'" in err and message in err
+
+
+def test_the_page_of_the_command_line_opens_with_a_session(root):
+    cells = json.loads((root / "nbs" / "40_cli.ipynb").read_text())["cells"]
+    sources = ["".join(cell["source"]) for cell in cells]
+    session = next(i for i, text in enumerate(sources) if 'shell("deepkmeans compress' in text)
+    assert session < min(i for i, text in enumerate(sources) if text.startswith("#| export"))

@@ -60,7 +60,7 @@ def test_list_tells_of_each_file_what_its_record_and_the_file_system_say(root, c
                 licence="Apache-2.0",
             )
             assert {name: card[name] for name in said} == said
-            assert card["name"] == (plan if protocol == "full" else f"figures/{path.name}") == line.split()[0]
+            assert card["name"] == (plan if protocol == "full" else f"{plan}-{protocol}") == line.split()[0]
             shown = f"{said['top1']:.2f} % of {said['images']:,}", f" {said['bytes']:,} ", f" {said['ratio']:.2f} "
             assert all(text in line for text in shown)
 
@@ -79,12 +79,12 @@ def test_the_licence_is_that_of_the_package(root):
 
 def test_a_name_opens_the_file_from_any_folder(root, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for plan in NAMES:
-        path = file(root, "full", plan)
-        named, direct = dk.load_compressed(plan).state_dict(), dk.load_compressed(path).state_dict()
+    for name in (*NAMES, "wrn-45-cpu"):
+        path = file(root, "cpu" if name.endswith("-cpu") else "full", name.removesuffix("-cpu"))
+        named, direct = dk.load_compressed(name).state_dict(), dk.load_compressed(path).state_dict()
         assert named.keys() == direct.keys() and all(torch.equal(named[key], direct[key]) for key in direct)
-        assert json.loads(run(f"inspect {plan} --json", capsys)[1])["bytes"] == os.stat(path).st_size
-    by_name, by_path = run(f"energy {plan} --json", capsys), run(f"energy {path} --json", capsys)
+        assert json.loads(run(f"inspect {name} --json", capsys)[1])["bytes"] == os.stat(path).st_size
+    by_name, by_path = run(f"energy {name} --json", capsys), run(f"energy {path} --json", capsys)
     assert by_name[0] == 0 and by_name == by_path
 
 
@@ -101,7 +101,7 @@ def test_a_file_wins_over_a_name_and_a_folder_does_not(root, tmp_path, monkeypat
 
 def test_an_unknown_name_is_told_the_names_and_a_path_is_not(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(dk.CompressedFileError, match="path='wrn-51' is no file; .*wrn-45, wrn-47, wrn-50$"):
+    with pytest.raises(dk.CompressedFileError, match="is no file; .*wrn-50, wrn-45-cpu, wrn-47-cpu, wrn-50-cpu$"):
         dk.load_compressed("wrn-51")
     code, out, err = run("evaluate wrn_50 --data digits", capsys)
     assert code == 1 and out == "" and err.count("\n") == 1 and all(name in err for name in NAMES)
