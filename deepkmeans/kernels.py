@@ -720,7 +720,7 @@ def _lloyd_few(x, weight, means, max_iter, stop, pool):
     return codes, *_iterate(x, weight, means, codes, max_iter, stop, move)
 
 # %% ../nbs/50_kernels.ipynb #lloyd-many
-def _lloyd_sorted(x, weight, start, max_iter, stop, pool, mover):  # the rows sorted by their centres, these as in a tree
+def _lloyd_sorted(x, weight, start, max_iter, stop, pool, mover):  # rows by centres, these as in a tree
     k, centres = len(start), start.astype(np.float32)
     order = tree_order(centres, _depth(k))  # (k,)
     codes = order.argsort()[_search(centres)(x, pool)[0][:, 0]]  # (n,)
