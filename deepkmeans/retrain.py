@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager, nullcontext
 from itertools import chain
-from math import cos, isnan, pi
+from math import cos, inf, isnan, nan, pi
 from pathlib import Path
 from time import perf_counter
 from typing import NamedTuple
@@ -22,7 +22,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
 
@@ -235,30 +234,45 @@ def _load_checkpoint(path, settings, device):  # {what: {name: tensor}}, history
             parts.setdefault(what, {})[rest] = file.get_tensor(name)
         return parts, json.loads(file.metadata()["history"])
 
+# %% ../nbs/05_retrain.ipynb #step-parts
+def _scalar(loss):
+    if not isinstance(loss, torch.Tensor) or loss.ndim:
+        given = f"shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else f"a {type(loss).__name__}"
+        raise ValueError(f"loss gives {given}, must give a scalar tensor")
+    return loss
+
+
+def _right(output, y):  # how many guesses are right, NaN where the labels are no classes
+    guesses = heads(output)[0].argmax(1)  # (b,)
+    return (guesses == y).sum() if y.ndim == 1 else torch.tensor(nan, device=y.device)
+
 # %% ../nbs/05_retrain.ipynb #epoch
 class _Step(NamedTuple):
     """One step of training: forward, backward, the optimizer's and the regularizer's."""
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    scheduler: object
+    curve: object
     loss: object
     regularizer: object
     teacher: object
     amp: bool
 
-    def __call__(self, x, y, done):  # → loss, penalty, right guesses and images, (4,) float64
+    def __call__(self, x, y, before, done):  # how much is over, → loss, penalty, right guesses, images: (4,) float64
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
             output = self.model(x)
-        loss, penalty = self._loss(output, x, y), self._penalty(x.device)
+        loss, penalty, right = self._loss(output, x, y), self._penalty(x.device), _right(output, y)
+        self.set_rate(before)
         self.optimizer.zero_grad(set_to_none=True)
         (loss + penalty).backward()
         self.optimizer.step()
-        self.scheduler.step()
         if self._hard():
             self.regularizer.step(done)
-        right = (heads(output)[0].argmax(1) == y).sum()
         sums = [loss.detach() * len(y), penalty.detach() * len(y), right, right.new_tensor(len(y))]
         return torch.stack(sums).double()
+
+    def set_rate(self, done):
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * self.curve(done)
 
     def _hard(self):
         return self.regularizer is not None and self.regularizer.kind == "hard"
@@ -269,7 +283,7 @@ class _Step(NamedTuple):
         return self.regularizer.penalty()
 
     def _loss(self, output, x, y):
-        loss = self.loss(output, y)
+        loss = _scalar(self.loss(output, y))
         if self.teacher is None:
             return loss
         with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
@@ -282,12 +296,16 @@ SHOWN_EVERY = 20  # steps between two looks at the running loss
 
 def _train_epoch(step, loader, device, start, total, bar):
     sums, began = torch.zeros(4, dtype=torch.float64, device=device), perf_counter()
-    for i, (x, y) in enumerate(_on_device(loader, device)):
-        sums += step(x, y, (start + i + 1) / total)
+    at = start
+    for x, y in _on_device(loader, device):
+        sums += step(x, y, *(min(1.0, steps / total) for steps in (at, at + 1)))
+        at += 1
         bar.update()
-        if i % SHOWN_EVERY == 0:
-            _show(sums, began, start + i + 1, step, bar)
-    loss, penalty, right = _show(sums, began, start + i + 1, step, bar)
+        if (at - start) % SHOWN_EVERY == 1:
+            _show(sums, began, at, step, bar)
+    if at == start:
+        raise ValueError(f"loader gives no batches, though its length is {len(loader)}")
+    loss, penalty, right = _show(sums, began, at, step, bar)
     return dict(loss=loss, penalty=penalty, top1=100 * right, seconds=perf_counter() - began)
 
 
@@ -295,7 +313,8 @@ def _show(sums, began, steps, step, bar):  # → mean loss, penalty and share of
     *totals, images = sums.tolist()
     loss, penalty, right = (total / images for total in totals)
     if isnan(loss):
-        raise FloatingPointError(f"the loss is NaN after {steps} steps; lr={step.optimizer.defaults['lr']} is too high")
+        lr = step.optimizer.param_groups[0]["initial_lr"]
+        raise FloatingPointError(f"the loss is NaN after {steps} steps; lr={lr} is too high")
     bar.set_postfix(loss=f"{loss:.3f}", acc=f"{100 * right:.1f}%", img_s=f"{images / (perf_counter() - began):.0f}")
     return loss, penalty, right
 
@@ -307,28 +326,43 @@ def _fingerprint(batches):  # of a list of (images, labels)
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
+# %% ../nbs/05_retrain.ipynb #check-number
+def _check_number(name, value, whole=False):
+    number = value.tolist() if hasattr(value, "tolist") else value
+    if not isinstance(number, int if whole else (int, float)) or not 0 <= number < inf:
+        raise ValueError(f"{name}={number!r} must be at least 0{', a whole number' if whole else ' and finite'}")
+
+# %% ../nbs/05_retrain.ipynb #length
+def _length(loader):  # how many batches, 0 without a loader
+    try:
+        return 0 if loader is None else len(loader)
+    except TypeError:
+        wanted = "must have one: training is to know how many batches an epoch has"
+        raise ValueError(f"loader is a {type(loader).__name__} without a length, {wanted}") from None
+
 # %% ../nbs/05_retrain.ipynb #check
 def _checked(model, loader, epochs, lr, schedule, regularizer):
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule={schedule!r} must be one of {', '.join(SCHEDULES)}")
-    for name, value in (("epochs", epochs), ("lr", lr)):
-        if not value >= 0:
-            raise ValueError(f"{name}={value} must be at least 0")
+    _check_number("epochs", epochs, whole=True)
+    _check_number("lr", lr)
     if epochs or loader is not None:
         check_loader(loader)
-    if epochs and not len(loader):
+    if epochs and not _length(loader):
         raise ValueError("loader holds no batches")
+    if epochs and not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("model has no parameter to train: there is none, or all are frozen (requires_grad=False)")
     own = set(model.modules())
     for name, module in (regularizer.layers if regularizer else {}).items():
         if module not in own:
             raise ValueError(f"regularizer was made for another network: its layer {name!r} is none of this model's")
 
-
+# %% ../nbs/05_retrain.ipynb #about
 def _about(loader):  # what a loader says of its data; of a list, all of it
     size, data = (getattr(loader, name, None) for name in ("batch_size", "fingerprint"))
     if isinstance(loader, (list, tuple)):
         data = _fingerprint(loader)
-    return dict(batches=len(loader), batch_size=size, data=data)
+    return dict(batches=_length(loader), batch_size=size, data=data)
 
 
 def _begin_epoch(loader, epoch):  # order and augmentation of this library's loaders, and of samplers, depend on it
@@ -366,12 +400,6 @@ def _told(regularizer):  # what an epoch did to the rows
         return {}
     return {"moved": regularizer.moved()} if regularizer.kind == "hard" else {"distortion": regularizer.distortion()}
 
-
-def _scheduler(optimizer, curve, total, done):
-    for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]
-    return LambdaLR(optimizer, lambda step: curve(step / max(total, 1)), last_epoch=done - 1)
-
 # %% ../nbs/05_retrain.ipynb #train
 def train(
     model: nn.Module, # a classifier; changed in place
@@ -399,19 +427,22 @@ def train(
     when the loss becomes NaN.
     """
     _checked(model, loader, epochs, lr, schedule, regularizer)
+    for name, value in dict(momentum=momentum, weight_decay=weight_decay).items():
+        _check_number(name, value)
     about = regularizer.settings() if regularizer else None
     data = None if checkpoint is None else _about(loader)
     settings = _plain(dict(epochs=epochs, lr=lr, schedule=schedule, momentum=momentum, weight_decay=weight_decay,
                            amp=amp, seed=seed, teacher=teacher is not None, loader=data, regularizer=about))
     epochs, lr, seed = (settings[name] for name in ("epochs", "lr", "seed"))
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
     history = _resume(checkpoint, settings, model, optimizer, regularizer)
-    total = epochs * len(loader)
-    scheduler = _scheduler(optimizer, SCHEDULES[schedule], total, len(history) * len(loader))
-    step = _Step(model, optimizer, scheduler, loss, regularizer, teacher, amp)
     if not model.training:
         model.train()
-    bar = tqdm(total=total, initial=len(history) * len(loader), disable=not progress, mininterval=0.5)
+    step = _Step(model, optimizer, SCHEDULES[schedule], loss, regularizer, teacher, amp)
+    steps = _length(loader)
+    bar = tqdm(total=epochs * steps, initial=len(history) * steps, disable=not progress, mininterval=0.5)
     teaching = nullcontext() if teacher is None else _in_eval(teacher)
     with bar, teaching, torch.random.fork_rng():
         for epoch in range(len(history), epochs):
@@ -419,8 +450,9 @@ def train(
             _begin_epoch(loader, epoch)
             if regularizer and epoch and epoch % regularizer.refresh_every == 0:
                 regularizer.refresh()
+            step.set_rate(epoch / epochs)
             rate = optimizer.param_groups[0]["lr"]
-            row = _train_epoch(step, loader, _device(model), epoch * len(loader), total, bar)
+            row = _train_epoch(step, loader, _device(model), epoch * steps, epochs * steps, bar)
             history.append(dict(epoch=epoch + 1, lr=rate, **_told(regularizer), **row))
             if checkpoint is not None:
                 _save_checkpoint(checkpoint, _state(model, optimizer, regularizer), history, settings)

@@ -1,10 +1,12 @@
 """`train` and `evaluate` on what users bring: loaders, labels, losses, checkpoints; and what an error leaves behind."""
 
+import math
+
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import deepkmeans as dk
 
@@ -101,6 +103,72 @@ def test_the_allocator_looks_at_one_image_or_more(images):
     for loader in (batches(), None):
         with pytest.raises(ValueError, match=f"images={images} must be a whole number of at least 1"):
             dk.allocate(network(), 4, loader, images=images)
+
+
+class Streamed(IterableDataset):
+    def __iter__(self):
+        return iter(zip(*images_and_labels()))
+
+
+@pytest.mark.parametrize("make", [lambda: DataLoader(Streamed(), 8), lambda: (batch for batch in batches())])
+def test_a_loader_without_a_length_is_measured_on_but_not_trained_on(make):
+    assert dk.evaluate(network(), make()) == dk.evaluate(network(), batches())
+    with pytest.raises(ValueError, match=f"loader is a {type(make()).__name__} without a length, must have one"):
+        quick(network(), make())
+
+
+def test_a_loader_that_says_four_batches_and_gives_none_is_refused():
+    with pytest.raises(ValueError, match="loader gives no batches, though its length is 4"):
+        quick(network(), Counted([], 4))
+
+
+def test_no_loader_is_needed_where_nothing_is_trained():
+    net = network()
+    before = state(net)
+    assert quick(net, None, epochs=0) == [] and same(state(net), before)
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    "how, message",
+    [
+        (dict(epochs=1.5), "epochs=1.5 must be at least 0, a whole number"),
+        (dict(epochs="3"), "epochs='3' must be at least 0, a whole number"),
+        (dict(lr="0.1"), "lr='0.1' must be at least 0 and finite"),
+        (dict(lr=math.inf), "lr=inf must be at least 0 and finite"),
+        (dict(momentum="high"), "momentum='high' must be at least 0 and finite"),
+        (dict(weight_decay=-1), "weight_decay=-1 must be at least 0 and finite"),
+    ],
+)
+def test_settings_of_another_kind_are_named(how, message):
+    with pytest.raises(ValueError, match=message):
+        quick(network(), batches(), **how)
+
+
+def test_a_network_with_nothing_to_train_is_named():
+    for net in (network().requires_grad_(False), nn.Flatten()):
+        with pytest.raises(ValueError, match="model has no parameter to train"):
+            quick(net, batches())
+
+
+@pytest.mark.parametrize("loss", [lambda output, y: F.cross_entropy(output, y)[None], lambda output, y: 1.0])
+def test_a_loss_that_is_no_scalar_is_refused_before_the_first_step(loss):
+    net = network()
+    before = state(net)
+    with pytest.raises(ValueError, match="loss gives .*, must give a scalar tensor"):
+        quick(net, batches(), loss=loss)
+    assert same(state(net), before)
+
+
+def test_mixed_labels_train_like_those_that_they_stand_for():
+    one, two = network(), network()
+    (row,) = quick(one, [(x, F.one_hot(y, 10).float()) for x, y in batches()])
+    quick(two, batches())
+    assert math.isnan(row["top1"])
+    for name, value in one.state_dict().items():
+        torch.testing.assert_close(value, two.state_dict()[name])
 
 
 # Randomness
