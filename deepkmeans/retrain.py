@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from itertools import chain
 from math import cos, inf, isnan, nan, pi
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
@@ -220,19 +221,56 @@ def _save_checkpoint(path, parts, history, settings):  # parts: {what: {name: te
     with replacing(path) as part:
         save_file(own, part, metadata={"history": json.dumps(history), "settings": json.dumps(settings)})
 
-# %% ../nbs/05_retrain.ipynb #checkpoint-load
-def _load_checkpoint(path, settings, device):  # {what: {name: tensor}}, history
-    with safe_open(path, "pt", device=str(device)) as file:
-        written = json.loads(file.metadata()["settings"])
-        for name, value in written.items():
-            if value != settings.get(name):
-                change = f"{name}={value!r}, not {settings.get(name)!r}"
-                raise ValueError(f"checkpoint={str(path)!r} was written with other settings: {change}")
-        parts = {}
-        for name in file.keys():
-            what, _, rest = name.partition(".")
-            parts.setdefault(what, {})[rest] = file.get_tensor(name)
-        return parts, json.loads(file.metadata()["history"])
+# %% ../nbs/05_retrain.ipynb #checkpoint-read
+def _read_checkpoint(path, device):  # {what: {name: tensor}}, history, settings
+    try:
+        with safe_open(path, "pt", device=str(device)) as file:
+            head = file.metadata() or {}
+            history, settings = list(json.loads(head["history"])), dict(json.loads(head["settings"]))
+            parts = {}
+            for name in file.keys():
+                what, _, rest = name.partition(".")
+                parts.setdefault(what, {})[rest] = file.get_tensor(name)
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"checkpoint={str(path)!r} is not one that `train` wrote: {error!r}") from error
+    return parts, history, settings
+
+# %% ../nbs/05_retrain.ipynb #checkpoint-settings
+def _check_settings(path, written, settings):
+    for name, value in written.items():
+        if value != settings.get(name):
+            change = f"{name}={value!r}, not {settings.get(name)!r}"
+            raise ValueError(f"checkpoint={str(path)!r} was written with other settings: {change}")
+
+# %% ../nbs/05_retrain.ipynb #checkpoint-fit
+def _forms(parts):  # {name: what the tensor is like}
+    form = {f"{what} {name}": f"{value.dtype} {tuple(value.shape)}" for what in ("model", "loader")
+            for name, value in parts.get(what, {}).items()}
+    return form | {f"regularizer {name}": "a tensor" for name in parts.get("regularizer", {})}
+
+
+def _check_fit(path, parts, own):
+    found, wanted = _forms(parts), _forms(own)
+    for name in [*wanted, *found]:
+        if found.get(name) != wanted.get(name):
+            change = f"{name} is {found.get(name, 'missing')}, must be {wanted.get(name, 'missing')}"
+            raise ValueError(f"checkpoint={str(path)!r} does not fit: {change}")
+
+# %% ../nbs/05_retrain.ipynb #checkpoint-momentum
+def _check_optimizer(path, tensors, optimizer):
+    shapes = [p.shape for group in optimizer.param_groups for p in group["params"]]
+    for name, value in tensors.items():
+        i, _, key = name.partition(".")
+        known = i.isdecimal() and int(i) < len(shapes)
+        if not known or key == "momentum_buffer" and value.shape != shapes[int(i)]:
+            raise ValueError(f"checkpoint={str(path)!r} does not fit: optimizer {name} is of no parameter of the model")
+
+# %% ../nbs/05_retrain.ipynb #checkpoint-tensors
+def _check_tensors(model):
+    for name, value in model.state_dict().items():
+        if not isinstance(value, torch.Tensor):
+            given = f"{name!r} is a {type(value).__name__}"
+            raise ValueError(f"checkpoint= takes a model whose state is tensors alone; its {given}")
 
 # %% ../nbs/05_retrain.ipynb #step-parts
 def _scalar(loss):
@@ -296,16 +334,15 @@ SHOWN_EVERY = 20  # steps between two looks at the running loss
 
 def _train_epoch(step, loader, device, start, total, bar):
     sums, began = torch.zeros(4, dtype=torch.float64, device=device), perf_counter()
-    at = start
-    for x, y in _on_device(loader, device):
-        sums += step(x, y, *(min(1.0, steps / total) for steps in (at, at + 1)))
-        at += 1
+    steps = start
+    for steps, (x, y) in enumerate(_on_device(loader, device), start + 1):
+        sums += step(x, y, min(1.0, (steps - 1) / total), min(1.0, steps / total))
         bar.update()
-        if (at - start) % SHOWN_EVERY == 1:
-            _show(sums, began, at, step, bar)
-    if at == start:
+        if (steps - start) % SHOWN_EVERY == 1:
+            _show(sums, began, steps, step, bar)
+    if steps == start:
         raise ValueError(f"loader gives no batches, though its length is {len(loader)}")
-    loss, penalty, right = _show(sums, began, at, step, bar)
+    loss, penalty, right = _show(sums, began, steps, step, bar)
     return dict(loss=loss, penalty=penalty, top1=100 * right, seconds=perf_counter() - began)
 
 
@@ -378,23 +415,65 @@ def _plain(settings):  # as JSON gives them back
 def _plain_value(value):  # numbers of NumPy or PyTorch as Python's; whatever else a loader says of itself as text
     return value.tolist() if hasattr(value, "tolist") else str(value)
 
+# %% ../nbs/05_retrain.ipynb #named
+def _named(call):  # of a function, a class, a partial one or an object
+    call = getattr(call, "func", call)
+    return getattr(call, "__qualname__", type(call).__qualname__)
+
+# %% ../nbs/05_retrain.ipynb #generators-of
+def _generators(loader):  # that a loader draws from, each once
+    sampler = getattr(loader, "batch_sampler", None)
+    holders = loader, sampler, *(getattr(h, name, None) for h in (loader, sampler) for name in ("sampler", "dataset"))
+    found = (getattr(holder, "generator", None) for holder in holders)
+    return list(dict.fromkeys(generator for generator in found if isinstance(generator, torch.Generator)))
+
+# %% ../nbs/05_retrain.ipynb #settings
+def _settings(checkpoint, loader, regularizer, loss, optimizer, plain):  # what tells two runs apart
+    parts = dict(loss=_named(loss), optimizer=None if optimizer is None else _named(optimizer),
+                 loader=None if checkpoint is None else _about(loader),
+                 regularizer=regularizer.settings() if regularizer else None)
+    return _plain(plain | parts)
+
+# %% ../nbs/05_retrain.ipynb #optimizer
+def _optimizer(make, model, lr, momentum, weight_decay):
+    if make is None:
+        for name, value in dict(momentum=momentum, weight_decay=weight_decay).items():
+            _check_number(name, value)
+        make = partial(torch.optim.SGD, momentum=momentum, weight_decay=weight_decay)
+    if not callable(make):
+        given = f"a {type(make).__name__}"
+        raise ValueError(f"optimizer is {given}, must make one of parameters and lr=, as torch.optim.AdamW does")
+    optimizer = make(model.parameters(), lr=lr)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    return optimizer
+
 # %% ../nbs/05_retrain.ipynb #state
-def _state(model, optimizer, regularizer):  # all that a resumed run needs, {what: {name: tensor}}
-    return {"model": model.state_dict(), "optimizer": _optimizer_tensors(optimizer),
-            "regularizer": regularizer.state_dict() if regularizer else {}}
+def _state(step, loader):  # {what: {name: tensor}}
+    return {"model": step.model.state_dict(), "optimizer": _optimizer_tensors(step.optimizer),
+            "regularizer": step.regularizer.state_dict() if step.regularizer else {},
+            "loader": {str(i): generator.get_state() for i, generator in enumerate(_generators(loader))}}
 
-
-def _resume(checkpoint, settings, model, optimizer, regularizer):  # the history up to now
-    if checkpoint is None or not Path(checkpoint).exists():
+# %% ../nbs/05_retrain.ipynb #resume-state
+def _resume(checkpoint, settings, step, loader):  # the history up to now
+    if checkpoint is None:
         return []
-    parts, history = _load_checkpoint(checkpoint, settings, _device(model))
-    model.load_state_dict(parts["model"])
-    _load_optimizer(optimizer, parts.get("optimizer", {}))
-    if regularizer:
-        regularizer.load_state_dict(parts["regularizer"])
+    _check_tensors(step.model)
+    if not Path(checkpoint).exists():
+        return []
+    parts, history, written = _read_checkpoint(checkpoint, _device(step.model))
+    _check_settings(checkpoint, {"optimizer": None} | written, settings)
+    _check_fit(checkpoint, parts, _state(step, loader))
+    _check_optimizer(checkpoint, parts.get("optimizer", {}), step.optimizer)
+    step.model.load_state_dict(parts["model"])
+    _load_optimizer(step.optimizer, parts.get("optimizer", {}))
+    if step.regularizer:
+        step.regularizer.load_state_dict(parts.get("regularizer", {}))
+    for i, generator in enumerate(_generators(loader)):
+        generator.set_state(parts["loader"][str(i)].cpu())
     return history
 
-
+# %% ../nbs/05_retrain.ipynb #told
 def _told(regularizer):  # what an epoch did to the rows
     if regularizer is None:
         return {}
@@ -412,36 +491,32 @@ def train(
     loss=classification_loss, # (output, labels) → a scalar
     schedule: str = "cosine", # one of SCHEDULES
     momentum: float = 0.9, # of stochastic gradient descent
-    weight_decay: float = 5e-4, # L2 penalty on all parameters
+    weight_decay: float = 5e-4, # L2 penalty of SGD on all parameters
+    optimizer=None, # what makes another than SGD of (parameters, lr=…), as torch.optim.AdamW does
     amp: bool = False, # compute in bfloat16 where that is safe?
     seed: int = 0, # seed of dropout
     checkpoint=None, # file to resume from when it exists, and to write after each epoch
     progress: bool = True, # show a progress bar?
 ) -> list: # one dict an epoch: loss, penalty, top1 (percent), lr, seconds, and what happened to the rows
-    """Train with SGD and momentum, under a regularizer where one is given, and return the history.
+    """Train, with SGD and momentum or another optimizer, under a regularizer where one is given; return the history.
 
     A model in eval mode is put into training mode; in one that is training, modules that were set to eval stay so.
     With `checkpoint`, a run that was killed goes on from its last epoch and ends, bit for bit on a CPU, where an
-    uninterrupted one does. Raises `ValueError` for bad settings, a regularizer of another model, or a checkpoint of
-    other settings, plan or data (which lists hold, and loaders tell that have a `fingerprint`); `FloatingPointError`
-    when the loss becomes NaN.
+    uninterrupted one does. Of a loss or an optimizer a checkpoint knows the name. `top1` is NaN for labels that are
+    no classes. Raises `ValueError` for bad settings, a regularizer of another model, a loader without a length, and a
+    checkpoint of another network, other settings, plan or data (which lists hold, and loaders tell that have a
+    `fingerprint`), and as `check_loader` and `pairs` do; `FloatingPointError` when the loss becomes NaN.
     """
     _checked(model, loader, epochs, lr, schedule, regularizer)
-    for name, value in dict(momentum=momentum, weight_decay=weight_decay).items():
-        _check_number(name, value)
-    about = regularizer.settings() if regularizer else None
-    data = None if checkpoint is None else _about(loader)
-    settings = _plain(dict(epochs=epochs, lr=lr, schedule=schedule, momentum=momentum, weight_decay=weight_decay,
-                           amp=amp, seed=seed, teacher=teacher is not None, loader=data, regularizer=about))
+    plain = dict(epochs=epochs, lr=lr, schedule=schedule, momentum=momentum, weight_decay=weight_decay, amp=amp,
+                 seed=seed, teacher=teacher is not None)
+    settings = _settings(checkpoint, loader, regularizer, loss, optimizer, plain)
     epochs, lr, seed = (settings[name] for name in ("epochs", "lr", "seed"))
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay)
-    for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]
-    history = _resume(checkpoint, settings, model, optimizer, regularizer)
+    optimizer = _optimizer(optimizer, model, lr, momentum, weight_decay)
+    step, steps = _Step(model, optimizer, SCHEDULES[schedule], loss, regularizer, teacher, amp), _length(loader)
+    history = _resume(checkpoint, settings, step, loader)
     if not model.training:
         model.train()
-    step = _Step(model, optimizer, SCHEDULES[schedule], loss, regularizer, teacher, amp)
-    steps = _length(loader)
     bar = tqdm(total=epochs * steps, initial=len(history) * steps, disable=not progress, mininterval=0.5)
     teaching = nullcontext() if teacher is None else _in_eval(teacher)
     with bar, teaching, torch.random.fork_rng():
@@ -450,10 +525,9 @@ def train(
             _begin_epoch(loader, epoch)
             if regularizer and epoch and epoch % regularizer.refresh_every == 0:
                 regularizer.refresh()
-            step.set_rate(epoch / epochs)
-            rate = optimizer.param_groups[0]["lr"]
+            rate = optimizer.param_groups[0]["initial_lr"] * SCHEDULES[schedule](epoch / epochs)
             row = _train_epoch(step, loader, _device(model), epoch * steps, epochs * steps, bar)
             history.append(dict(epoch=epoch + 1, lr=rate, **_told(regularizer), **row))
             if checkpoint is not None:
-                _save_checkpoint(checkpoint, _state(model, optimizer, regularizer), history, settings)
+                _save_checkpoint(checkpoint, _state(step, loader), history, settings)
     return history

@@ -1,12 +1,16 @@
 """`train` and `evaluate` on what users bring: loaders, labels, losses, checkpoints; and what an error leaves behind."""
 
+import json
 import math
+from functools import partial
 
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, TensorDataset
 
 import deepkmeans as dk
 
@@ -122,6 +126,19 @@ def test_a_loader_that_says_four_batches_and_gives_none_is_refused():
         quick(network(), Counted([], 4))
 
 
+def test_a_loader_that_is_longer_than_it_says_ends_where_training_does():
+    net, rates = network(), []
+    regularizer = dk.Regularizer(net, dk.make_plan(net, k=3))
+
+    class Watched(torch.optim.SGD):
+        def step(self):
+            rates.append(self.param_groups[0]["lr"])
+            super().step()
+
+    quick(net, Counted(batches(), 2), regularizer=regularizer, optimizer=Watched)
+    assert rates == pytest.approx([0.1, 0.05, 0.0, 0.0])  # the cosine of two steps, and its end
+
+
 def test_no_loader_is_needed_where_nothing_is_trained():
     net = network()
     before = state(net)
@@ -140,6 +157,7 @@ def test_no_loader_is_needed_where_nothing_is_trained():
         (dict(lr=math.inf), "lr=inf must be at least 0 and finite"),
         (dict(momentum="high"), "momentum='high' must be at least 0 and finite"),
         (dict(weight_decay=-1), "weight_decay=-1 must be at least 0 and finite"),
+        (dict(optimizer=torch.optim.SGD(network().parameters(), lr=0.1)), "optimizer is a SGD, must make one of"),
     ],
 )
 def test_settings_of_another_kind_are_named(how, message):
@@ -169,6 +187,194 @@ def test_mixed_labels_train_like_those_that_they_stand_for():
     assert math.isnan(row["top1"])
     for name, value in one.state_dict().items():
         torch.testing.assert_close(value, two.state_dict()[name])
+
+
+def test_an_optimizer_of_ones_own_does_what_a_plain_loop_does():
+    net, plain = network(), network()
+    quick(net, batches(), lr=0.01, schedule="constant", optimizer=partial(torch.optim.AdamW, weight_decay=0.3))
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=0.01, weight_decay=0.3)
+    for x, y in batches():
+        optimizer.zero_grad()
+        F.cross_entropy(plain(x), y).backward()
+        optimizer.step()
+    assert same(net.state_dict(), plain.state_dict())
+
+
+# Checkpoints
+
+
+class Noisy(TensorDataset):
+    """Images with noise from a generator of the data."""
+
+    def __init__(self):
+        super().__init__(*images_and_labels())
+        self.generator = torch.Generator().manual_seed(7)
+
+    def __getitem__(self, i):
+        x, y = super().__getitem__(i)
+        return x + torch.randn(x.shape, generator=self.generator), y
+
+
+def with_sampler():
+    data = TensorDataset(*images_and_labels())
+    sampler = RandomSampler(data, generator=torch.Generator().manual_seed(6))
+    return DataLoader(data, batch_sampler=BatchSampler(sampler, 8, drop_last=False))
+
+
+LOADERS = {
+    "list": batches,
+    "global generator": shuffled,
+    "generator": lambda: shuffled(generator=torch.Generator().manual_seed(5)),
+    "workers": lambda: shuffled(generator=torch.Generator().manual_seed(5), num_workers=1),
+    "sampler": with_sampler,
+    "data": lambda: DataLoader(Noisy(), 8),
+    "shorter": lambda: Counted(batches(), 6),
+    "longer": lambda: Counted(batches(), 3),
+}
+
+
+class Dies:
+    """A loss under which a training is interrupted after some steps."""
+
+    def __init__(self, steps):
+        self.left = steps
+
+    def __call__(self, output, labels):
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+        return F.cross_entropy(output, labels)
+
+
+def interrupted(loader, path, kind=None, **how):  # after two of four epochs; → weights of the resumed, of another
+    nets = []
+    for steps, checkpoint in ((10, path), (100, path), (100, None)):
+        net = network()
+        regularizer = kind and dk.Regularizer(net, dk.make_plan(net, k=3), kind, refresh_every=1)
+        how |= dict(epochs=4, regularizer=regularizer, loss=Dies(steps), checkpoint=checkpoint)
+        try:
+            history = quick(net, loader(), **how)
+        except KeyboardInterrupt:
+            assert steps == 10 and path.exists()
+        else:
+            nets.append((state(net), [{**row, "seconds": 0} for row in history]))
+    return nets
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_resumed_training_ends_at_the_same_bits_with_any_loader(loader, tmp_path):
+    (resumed, one), (straight, two) = interrupted(LOADERS[loader], tmp_path / "c")
+    assert same(resumed, straight) and one == two
+
+
+@pytest.mark.parametrize("kind", ["none", "indicator", "spectral", "hard"])
+@pytest.mark.parametrize("optimizer", [None, torch.optim.AdamW])
+def test_a_resumed_training_ends_at_the_same_bits_under_any_regularizer(kind, optimizer, tmp_path):
+    (resumed, one), (straight, two) = interrupted(batches, tmp_path / "c", kind, optimizer=optimizer, lr=0.01)
+    assert same(resumed, straight) and one == two
+
+
+def foreign(path):
+    save_file({"weight": torch.zeros(3)}, path)
+
+
+def changed(path, **tensors):  # a checkpoint with other tensors
+    with safe_open(path, "pt") as file:
+        head = file.metadata()
+    save_file(load_file(path) | tensors, path, metadata=head)
+
+
+UNUSABLE = {
+    "foreign": (foreign, "not one that `train` wrote"),
+    "another head": (
+        lambda path: save_file({"a": torch.zeros(1)}, path, metadata={"history": "1", "settings": "2"}),
+        "not one that `train` wrote",
+    ),
+    "garbage": (lambda path: path.write_bytes(b"garbage" * 100), "not one that `train` wrote"),
+    "empty": (lambda path: path.write_bytes(b""), "not one that `train` wrote"),
+    "folder": (lambda path: (path.unlink(), path.mkdir()), "not one that `train` wrote"),
+    "more": (lambda path: changed(path, **{"model.9.weight": torch.ones(1)}), "model 9.weight is .*must be missing"),
+    "double": (
+        lambda path: changed(path, **{"model.0.bias": torch.ones(8).double()}),
+        r"model 0.bias is torch.float64 \(8,\), must be torch.float32 \(8,\)",
+    ),
+    "another momentum": (
+        lambda path: changed(path, **{"optimizer.0.momentum_buffer": torch.ones(3)}),
+        "optimizer 0.momentum_buffer is of no parameter",
+    ),
+    "another parameter": (
+        lambda path: changed(path, **{"optimizer.6.momentum_buffer": torch.ones(3)}),
+        "optimizer 6.momentum_buffer is of no parameter",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", UNUSABLE)
+def test_an_unusable_checkpoint_is_named_and_nothing_is_loaded(what, tmp_path):
+    path, net = tmp_path / "run", network()
+    make, message = UNUSABLE[what]
+    quick(network(), batches(), checkpoint=path)
+    make(path)
+    before = state(net)
+    with pytest.raises(ValueError, match=f"checkpoint='{path}' .*{message}"):
+        quick(net, batches(), checkpoint=path)
+    assert same(state(net), before)
+
+
+def test_the_checkpoint_of_another_run_is_refused_and_nothing_is_loaded(tmp_path):
+    path = tmp_path / "run"
+    quick(network(), shuffled(), checkpoint=path)
+    generator = torch.Generator().manual_seed(5)
+    for net, loader, how, message in (
+        (network(7), shuffled(), {}, r"model 2.weight is torch.float32 \(8, 8, 3, 3\), must be .*\(7, 8, 3, 3\)"),
+        (network(), shuffled(generator=generator), {}, "loader 0 is missing, must be"),
+        (network(), shuffled(), dict(loss=F.cross_entropy), "loss='classification_loss', not 'cross_entropy'"),
+        (network(), shuffled(), dict(optimizer=torch.optim.AdamW), "optimizer=None, not 'AdamW'"),
+    ):
+        before = state(net)
+        with pytest.raises(ValueError, match=f"checkpoint='{path}' .*{message}"):
+            quick(net, loader, checkpoint=path, **how)
+        assert same(state(net), before)
+
+
+def test_a_checkpoint_that_knows_no_loss_and_no_optimizer_is_taken_up(tmp_path):
+    path, net = tmp_path / "run", network()
+    history = quick(net, batches(), checkpoint=path)
+    with safe_open(path, "pt") as file:
+        head = file.metadata()
+    settings = json.loads(head["settings"])
+    del settings["loss"], settings["optimizer"]
+    save_file(load_file(path), path, metadata=head | {"settings": json.dumps(settings)})
+    again = network()
+    assert quick(again, batches(), checkpoint=path) == history and same(again.state_dict(), net.state_dict())
+    with pytest.raises(ValueError, match="optimizer=None, not 'AdamW'"):
+        quick(network(), batches(), checkpoint=path, optimizer=torch.optim.AdamW)
+
+
+class Remembering(nn.Linear):
+    def __init__(self, *sizes, extra):
+        super().__init__(*sizes)
+        self.extra = extra
+
+    def get_extra_state(self):
+        return self.extra
+
+    def set_extra_state(self, extra):
+        self.extra = extra
+
+
+def test_an_extra_state_is_kept_where_it_is_a_tensor_and_refused_otherwise(tmp_path):
+    def make(extra):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Flatten(), Remembering(64, 10, extra=extra))
+
+    quick(make(torch.tensor([3.0])), batches(), checkpoint=tmp_path / "one")
+    net = make(torch.tensor([4.0]))
+    quick(net, batches(), checkpoint=tmp_path / "one")
+    assert net[1].extra == 3
+    with pytest.raises(ValueError, match="checkpoint= .* its '1._extra_state' is a dict"):
+        quick(make(dict(steps=3)), batches(), checkpoint=tmp_path / "two")
+    assert not (tmp_path / "two").exists() and quick(make(dict(steps=3)), batches())
 
 
 # Randomness
