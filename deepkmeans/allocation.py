@@ -11,6 +11,7 @@ __all__ = ['SPARSITIES', 'SAMPLE', 'LARGEST_K', 'FINE', 'EVENED', 'CLOSE', 'TRIE
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 
 from .accounting import compression, index_bits
 from .clustering import decode, encode, kmeans
-from .retrain import check_loader, heads
+from .retrain import check_loader, heads, pairs, seeded
 from .rows import to_rows
 from .plan import LAYERS, LayerPlan, Plan, dense_layers, layers_of, make_plan
 from .sharing import cluster_layers, planned_layers, share_layers, side_by_side
@@ -38,13 +39,14 @@ def fisher(
 
     Labels are drawn from the network's prediction. The network, its gradients and the modes of its modules stay as they
     are; layers may be frozen. A weight on which the logits do not depend, as of an auxiliary head, has none. Raises
-    `ValueError` for an empty loader and for logits of another shape.
+    `ValueError` for fewer than one image or an empty loader, and for logits of another shape.
     """
+    _check_images(images)
     check_loader(loader)
     weights = [model.get_submodule(name).weight for name in layers]
     generator = torch.Generator().manual_seed(seed)
     seen = 0
-    with _differentiable(model, weights):
+    with _differentiable(model, weights), seeded(seed):
         sums = [torch.zeros_like(w, dtype=torch.float64) for w in weights]
         for x in _few(loader, images, batch):
             for total, gradient in zip(sums, _scores(model, x, weights, generator)):
@@ -81,11 +83,16 @@ def _differentiable(model, weights):
 
 # %% ../nbs/08_allocation.ipynb #few
 def _few(loader, images, batch):
-    for x, _ in loader:
+    for x, _ in pairs(loader):
         yield from x[:images].split(batch)
         images -= len(x)
         if images <= 0:
             return
+
+# %% ../nbs/08_allocation.ipynb #check-images
+def _check_images(images):
+    if not isinstance(images, Integral) or images < 1:
+        raise ValueError(f"images={images!r} must be a whole number of at least 1")
 
 # %% ../nbs/08_allocation.ipynb #curve
 SPARSITIES = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
@@ -325,6 +332,7 @@ def layer_curves(
     progress: bool = False, # show a progress bar?
 ) -> dict: # {layer name: LayerCurve}
     """What `allocate` has to know, to be measured once. Raises `ValueError` as `make_plan`, `share` and `fisher` do."""
+    _check_images(images)
     layers = planned_layers(model, layers_of(model, include, exclude))
     weights = {name: m.weight.detach() for name, m in layers.items()}
     importance = _importance(model, loader, weights, images, seed)
