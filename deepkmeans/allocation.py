@@ -19,7 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from .accounting import compression, index_bits
-from .clustering import decode, encode, kmeans
+from .clustering import decode, encode, kmeans, pinned_rows
 from .retrain import check_loader, heads, pairs, seeded
 from .rows import to_rows
 from .plan import LAYERS, LayerPlan, Plan, dense_layers, layers_of, make_plan
@@ -140,7 +140,7 @@ def layer_curve(
     zero = F.pad((scale * rows.double().square()).sum(1).cumsum(0), (1, 0)).cpu().numpy()  # (n + 1,)
     n, d = rows.shape
     distinct = len(rows.unique(dim=0))
-    ks, loss, bits = _points(rows, scale, distinct, [round(p * n) for p in sparsities], FINE * zero[-1], seed, backend)
+    ks, loss, bits = _points(rows, scale, distinct, [pinned_rows(n, p) for p in sparsities], FINE * zero[-1], seed, backend)
     return LayerCurve(n, d, distinct, layout, ks, tuple(sparsities), zero, loss, bits, 8 * weight.element_size())
 
 # %% ../nbs/08_allocation.ipynb #by-rising-norm
@@ -207,7 +207,7 @@ def options(
     Sparsities have steps of 1 %, too.
     """
     k, p = _grid(curve)
-    pinned = np.round(p * curve.n).astype(int)[:, None]  # (s, 1)
+    pinned = np.array([pinned_rows(curve.n, share) for share in p])[:, None]  # (s, 1)
     loss = _losses(curve, p, k, pinned)  # (s, m)
     stored = k - (pinned > 0) if coding == "file" else k  # centres; one at zero needs no bytes
     bits = curve.float_bits * curve.d * stored + _indexes(curve, coding, p, k, pinned)  # (s, m)
