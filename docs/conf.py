@@ -1,7 +1,11 @@
 """Settings of the documentation; `docs/build.py` lays out its pages."""
 
+import re
 from configparser import ConfigParser
 from pathlib import Path
+
+from pygments.formatters import HtmlFormatter
+from sphinx.highlighting import PygmentsBridge
 
 settings = ConfigParser()
 settings.read(Path(__file__).parent.parent / "settings.ini")
@@ -29,3 +33,19 @@ html_theme_options = {
     "light_css_variables": {"color-brand-primary": "#0b5a8a", "color-brand-content": "#0b5a8a"},
     "dark_css_variables": {"color-brand-primary": "#6cb6e8", "color-brand-content": "#6cb6e8"},
 }
+
+
+class Lines(HtmlFormatter):
+    """Code whose lines are elements that know their indent, so that a long one can go on below it."""
+
+    def wrap(self, source):
+        return super().wrap((kind, element(text)) for kind, text in source)
+
+
+def element(line):
+    plain = re.sub("<[^>]+>", "", line)
+    indent = len(plain) - len(plain.lstrip(" "))
+    return f'<span class="line" style="--indent: {indent}ch">{line}</span>'
+
+
+PygmentsBridge.html_formatter = Lines
