@@ -27,8 +27,7 @@ SECTIONS = {  # caption: patterns of its pages, in their order
     "Baselines": ["nbs/2*_*.ipynb"],
     "Reference": ["nbs/benchmarks*.ipynb", "api/index.md", "nbs/file_format.ipynb", "docs/*.md", "CHANGELOG.md"],
 }
-# shorter in the navigation than on the page
-TITLES = {"nbs/index.ipynb": "Overview", "nbs/benchmarks.ipynb": "Benchmarks"}
+TITLES = {"nbs/benchmarks.ipynb": "Benchmarks"}  # shorter in the navigation than on the page
 RESULTS_FIRST = ("nbs/paper/", "nbs/benchmarks", "nbs/tutorials/evidence")  # pages whose code is folded
 
 

@@ -18,6 +18,7 @@ myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"
 nb_merge_streams = True
+nb_render_markdown_format = "myst"
 add_module_names = False
 toc_object_entries_show_parents = "hide"
 nb_code_prompt_show = "code"
