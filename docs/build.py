@@ -12,6 +12,7 @@ import re
 import shutil
 import sys
 import tokenize
+from base64 import b64decode
 from importlib.metadata import distribution
 from io import StringIO
 from pathlib import Path
@@ -57,7 +58,7 @@ def directives(source):
 def page(path, name, links):
     notebook = json.loads(path.read_text())
     notebook["metadata"]["language_info"] = {"name": "python", "pygments_lexer": "ipython3"}
-    shown = []
+    shown, first = [], pictures(path, name, notebook)
     for cell in notebook["cells"]:
         cell["source"] = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
@@ -87,22 +88,43 @@ def page(path, name, links):
                 *["hide-input"] * bool(folded),
             ]
             cell["source"] = re.sub(r"^#\|.*\n?", "", cell["source"], flags=re.M)
-            # without progress bars
-            cell["outputs"] = [
-                o for o in cell["outputs"] if not (o.get("name") == "stderr" and "\r" in "".join(o["text"]))
-            ]
+            cell["outputs"] = [o for o in cell["outputs"] if not (is_progress(o) or (first and is_drawn(o)))]
             # one fold for code that follows code
             if folded and shown[-1]["cell_type"] == "code" and not shown[-1]["outputs"]:
                 cell["source"] = shown.pop()["source"].rstrip() + "\n\n\n" + cell["source"]
         shown.append(cell)
-    if name.startswith(RESULTS_FIRST):
-        shown.insert(1, {"cell_type": "markdown", "id": "results", "metadata": {}, "source": pictures(path, name)})
+    if first:
+        shown.insert(1, {"cell_type": "markdown", "id": "results", "metadata": {}, "source": first})
     return json.dumps({**notebook, "cells": shown})
 
 
-def pictures(path, name):  # those that the notebook has drawn from its records, to stand before all else
-    root = path.parents[name.count("/")]
-    return "\n\n".join(f"![{p.stem}](/figures/{p.name})" for p in sorted((root / "figures").glob(f"{path.stem}*.png")))
+def is_progress(output):  # bars
+    return output.get("name") == "stderr" and "\r" in "".join(output["text"])
+
+
+def is_drawn(output):  # a picture that matplotlib has drawn, and that stands before all else
+    return "".join(output.get("data", {}).get("text/plain", "")).startswith("<Figure")
+
+
+# The pictures that a notebook of results has drawn from its records, to stand before all else, but for those that a
+# cell shows as they lie in figures/.
+def pictures(path, name, notebook):
+    if not name.startswith(RESULTS_FIRST):
+        return ""
+    below = {shown for cell in notebook["cells"] for shown in images(cell)}
+    figures = path.parents[name.count("/")] / "figures"
+    files = sorted(figures.glob(f"{path.stem}*.png"), key=lambda p: ("full" not in p.stem, len(p.stem), p.stem))
+    return "\n\n".join(f"![{caption(p, path)}](/figures/{p.name})" for p in files if p.read_bytes() not in below)
+
+
+def images(cell):  # the pictures among the outputs of a cell, as bytes
+    found = [output.get("data", {}).get("image/png") for output in cell.get("outputs", [])]
+    return [b64decode("".join(image)) for image in found if image]
+
+
+def caption(picture, path):  # "Table 3: Wide ResNet on CIFAR-10, full kernels"
+    heading = cells(path, "markdown")[0]["source"].partition("\n")[0].strip("# ")
+    return f"{heading}, {picture.stem.removeprefix(path.stem).replace('_', ' ').strip()}".removesuffix(", ")
 
 
 def label(name, cell):
@@ -352,7 +374,7 @@ def stage_pages(root, stage):
     front = linked((root / "README.md").read_text(), links)
     (stage / "index.md").write_text(f"{front}\n\n{navigation(stage)}\n")
     copy_mathjax(stage / "_static" / "mathjax")
-    for name in ("site.css", "icon.svg"):
+    for name in ("site.css", "site.js", "icon.svg"):
         shutil.copy(root / "docs" / name, stage / "_static")
 
 

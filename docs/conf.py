@@ -28,6 +28,7 @@ html_theme = "furo"
 html_title = f"{project} {release}"
 html_favicon = html_logo = "icon.svg"
 html_css_files = ["site.css"]
+html_js_files = [("site.js", {"defer": "defer"})]
 html_copy_source = False
 mathjax_path = "mathjax/tex-mml-chtml.js"
 html_theme_options = {
