@@ -219,15 +219,19 @@ def prose(node):
     return inspect.cleandoc(ast.get_docstring(node) or "")
 
 
-# [(name, default, comment)] of those that have a comment on a line of their own, and of what is returned
+# [(name, type, default, comment)] of those that have a comment on a line of their own, and of what is returned
 def parameters(node, source):
     notes, last = comments(source), header_end(node, source)
     rows = [
-        (f"`{a.arg}`", f"`{ast.unparse(default)}`" if default else "", notes.get(a.lineno, ""))
+        (f"`{a.arg}`", code(a.annotation), code(default), notes.get(a.lineno, ""))
         for a, default in arguments(node)
         if a.lineno != last
     ]
-    return [row for row in [*rows, ("returns", "", notes.get(last, "").lstrip("→ "))] if row[2]]
+    return [row for row in [*rows, ("returns", code(node.returns), "", notes.get(last, "").lstrip("→ "))] if row[3]]
+
+
+def code(node):  # of a type or a default, where there is one
+    return f"`{ast.unparse(node)}`" if node else ""
 
 
 def arguments(node):  # [(argument, its default or None)]
@@ -252,7 +256,7 @@ def fields(node):
 def field_rows(node, source):
     notes = comments(source)
     return [
-        (f"`{f.target.id}`", f"`{ast.unparse(f.value)}`" if f.value else "", notes[f.end_lineno])
+        (f"`{f.target.id}`", code(f.annotation), code(f.value), notes[f.end_lineno])
         for f in fields(node)
         if f.end_lineno in notes
     ]
@@ -266,15 +270,14 @@ def comments(source):  # {line: comment}
     }
 
 
-def table(rows):
-    if not any(default for _, default, _ in rows):
-        rows = [(name, text) for name, _, text in rows]
-    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-    return (
-        "\n".join(["| name | " + "default | " * (len(rows[0]) - 2) + "|", "|---" * len(rows[0]) + "|", *lines])
-        if rows
-        else ""
-    )
+HEAD = ("name", "type", "default", "what it is")
+
+
+def table(rows):  # of parameters, without a column in which nothing stands
+    columns = [column for column in zip(HEAD, *rows) if any(column[1:])]
+    escaped = [[cell.replace("|", "\\|") for cell in line] for line in zip(*columns)]
+    lines = [f"| {' | '.join(line)} |" for line in escaped]
+    return "\n".join([lines[0], "|---" * len(columns) + "|", *lines[1:]]) if rows else ""
 
 
 def first_line(node):
@@ -306,7 +309,7 @@ All of these come with `import deepkmeans as dk`, but for the baselines: `from d
 The harness of the paper has pages of its own, `from deepkmeans.paper.suite import reproduce`.
 Every wrong argument is a `ValueError` that names the argument, its value and the bound.
 
-| name | module | |
+| name | module | what it is |
 |---|---|---|
 {rows}
 

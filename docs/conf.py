@@ -30,6 +30,7 @@ html_favicon = html_logo = "icon.svg"
 html_css_files = ["site.css"]
 html_js_files = [("site.js", {"defer": "defer"})]
 html_copy_source = False
+html_search_scorer = str(Path(__file__).parent / "scorer.js")
 mathjax_path = "mathjax/tex-mml-chtml.js"
 html_theme_options = {
     "light_css_variables": {"color-brand-primary": "#0b5a8a", "color-brand-content": "#0b5a8a"},
