@@ -136,7 +136,7 @@ def draw_picture(
     """Draw what a Wide ResNet and LeNet lose over the ratio: the method, its control, sharing alone and the paper's."""
     root = repository(root)
     plt = use_style()
-    fig, (top, bottom) = plt.subplots(2, 1, figsize=(6.4, 6.8), layout="constrained")  # text for a telephone
+    fig, (top, bottom) = plt.subplots(2, 1, figsize=(6.4, 6), layout="constrained")  # text for a telephone
     _draw_wide(top, _table(root / "figures", "table3_wide_resnet_full"))
     _draw_lenet(bottom, _table(root / "figures", "lenet_regularizers_cpu"))
     fig.legend(*top.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
@@ -161,7 +161,7 @@ def _draw_wide(ax, lines):
         **grey,
     )
     _finish(ax, "Wide ResNet 16-4, CIFAR-10", "times smaller on disk", FLOORS["wide"])
-    ax.set_ylabel("change of top-1 accuracy, points")
+    ax.set_ylabel("change of top-1, points")
 
 
 def _draw_lenet(ax, lines):
