@@ -12,6 +12,7 @@ import re
 import shutil
 import sys
 import tokenize
+from base64 import b64decode
 from importlib.metadata import distribution
 from io import StringIO
 from pathlib import Path
@@ -27,8 +28,7 @@ SECTIONS = {  # caption: patterns of its pages, in their order
     "Baselines": ["nbs/2*_*.ipynb"],
     "Reference": ["nbs/benchmarks*.ipynb", "api/index.md", "nbs/file_format.ipynb", "docs/*.md", "CHANGELOG.md"],
 }
-# shorter in the navigation than on the page
-TITLES = {"nbs/index.ipynb": "Overview", "nbs/benchmarks.ipynb": "Benchmarks"}
+TITLES = {"nbs/benchmarks.ipynb": "Benchmarks"}  # shorter in the navigation than on the page
 EXPORTS_FOLDED = ("nbs/index.ipynb", "nbs/40_cli.ipynb")  # pages that are read for what they show
 RESULTS_FIRST = ("nbs/paper/", "nbs/benchmarks", "nbs/tutorials/evidence")  # pages whose code is folded
 
@@ -59,7 +59,7 @@ def directives(source):
 def page(path, name, links):
     notebook = json.loads(path.read_text())
     notebook["metadata"]["language_info"] = {"name": "python", "pygments_lexer": "ipython3"}
-    shown = []
+    shown, first = [], pictures(path, name, notebook)
     for cell in notebook["cells"]:
         cell["source"] = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
@@ -89,22 +89,43 @@ def page(path, name, links):
                 *["hide-input"] * bool(folded),
             ]
             cell["source"] = re.sub(r"^#\|.*\n?", "", cell["source"], flags=re.M)
-            # without progress bars
-            cell["outputs"] = [
-                o for o in cell["outputs"] if not (o.get("name") == "stderr" and "\r" in "".join(o["text"]))
-            ]
+            cell["outputs"] = [o for o in cell["outputs"] if not (is_progress(o) or (first and is_drawn(o)))]
             # one fold for code that follows code
             if folded and shown[-1]["cell_type"] == "code" and not shown[-1]["outputs"]:
                 cell["source"] = shown.pop()["source"].rstrip() + "\n\n\n" + cell["source"]
         shown.append(cell)
-    if name.startswith(RESULTS_FIRST):
-        shown.insert(1, {"cell_type": "markdown", "id": "results", "metadata": {}, "source": pictures(path, name)})
+    if first:
+        shown.insert(1, {"cell_type": "markdown", "id": "results", "metadata": {}, "source": first})
     return json.dumps({**notebook, "cells": shown})
 
 
-def pictures(path, name):  # those that the notebook has drawn from its records, to stand before all else
-    root = path.parents[name.count("/")]
-    return "\n\n".join(f"![{p.stem}](/figures/{p.name})" for p in sorted((root / "figures").glob(f"{path.stem}*.png")))
+def is_progress(output):  # bars
+    return output.get("name") == "stderr" and "\r" in "".join(output["text"])
+
+
+def is_drawn(output):  # a picture that matplotlib has drawn, and that stands before all else
+    return "".join(output.get("data", {}).get("text/plain", "")).startswith("<Figure")
+
+
+# The pictures that a notebook of results has drawn from its records, to stand before all else, but for those that a
+# cell shows as they lie in figures/.
+def pictures(path, name, notebook):
+    if not name.startswith(RESULTS_FIRST):
+        return ""
+    below = {shown for cell in notebook["cells"] for shown in images(cell)}
+    figures = path.parents[name.count("/")] / "figures"
+    files = sorted(figures.glob(f"{path.stem}*.png"), key=lambda p: ("full" not in p.stem, len(p.stem), p.stem))
+    return "\n\n".join(f"![{caption(p, path)}](/figures/{p.name})" for p in files if p.read_bytes() not in below)
+
+
+def images(cell):  # the pictures among the outputs of a cell, as bytes
+    found = [output.get("data", {}).get("image/png") for output in cell.get("outputs", [])]
+    return [b64decode("".join(image)) for image in found if image]
+
+
+def caption(picture, path):  # "Table 3: Wide ResNet on CIFAR-10, full kernels"
+    heading = cells(path, "markdown")[0]["source"].partition("\n")[0].strip("# ")
+    return f"{heading}, {picture.stem.removeprefix(path.stem).replace('_', ' ').strip()}".removesuffix(", ")
 
 
 def label(name, cell):
@@ -199,15 +220,19 @@ def prose(node):
     return inspect.cleandoc(ast.get_docstring(node) or "")
 
 
-# [(name, default, comment)] of those that have a comment on a line of their own, and of what is returned
+# [(name, type, default, comment)] of those that have a comment on a line of their own, and of what is returned
 def parameters(node, source):
     notes, last = comments(source), header_end(node, source)
     rows = [
-        (f"`{a.arg}`", f"`{ast.unparse(default)}`" if default else "", notes.get(a.lineno, ""))
+        (f"`{a.arg}`", code(a.annotation), code(default), notes.get(a.lineno, ""))
         for a, default in arguments(node)
         if a.lineno != last
     ]
-    return [row for row in [*rows, ("returns", "", notes.get(last, "").lstrip("→ "))] if row[2]]
+    return [row for row in [*rows, ("returns", code(node.returns), "", notes.get(last, "").lstrip("→ "))] if row[3]]
+
+
+def code(node):  # of a type or a default, where there is one
+    return f"`{ast.unparse(node)}`" if node else ""
 
 
 def arguments(node):  # [(argument, its default or None)]
@@ -232,7 +257,7 @@ def fields(node):
 def field_rows(node, source):
     notes = comments(source)
     return [
-        (f"`{f.target.id}`", f"`{ast.unparse(f.value)}`" if f.value else "", notes[f.end_lineno])
+        (f"`{f.target.id}`", code(f.annotation), code(f.value), notes[f.end_lineno])
         for f in fields(node)
         if f.end_lineno in notes
     ]
@@ -246,15 +271,14 @@ def comments(source):  # {line: comment}
     }
 
 
-def table(rows):
-    if not any(default for _, default, _ in rows):
-        rows = [(name, text) for name, _, text in rows]
-    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-    return (
-        "\n".join(["| name | " + "default | " * (len(rows[0]) - 2) + "|", "|---" * len(rows[0]) + "|", *lines])
-        if rows
-        else ""
-    )
+HEAD = ("name", "type", "default", "what it is")
+
+
+def table(rows):  # of parameters, without a column in which nothing stands
+    columns = [column for column in zip(HEAD, *rows) if any(column[1:])]
+    escaped = [[cell.replace("|", "\\|") for cell in line] for line in zip(*columns)]
+    lines = [f"| {' | '.join(line)} |" for line in escaped]
+    return "\n".join([lines[0], "|---" * len(columns) + "|", *lines[1:]]) if rows else ""
 
 
 def first_line(node):
@@ -286,7 +310,7 @@ All of these come with `import deepkmeans as dk`, but for the baselines: `from d
 The harness of the paper has pages of its own, `from deepkmeans.paper.suite import reproduce`.
 Every wrong argument is a `ValueError` that names the argument, its value and the bound.
 
-| name | module | |
+| name | module | what it is |
 |---|---|---|
 {rows}
 
@@ -354,7 +378,7 @@ def stage_pages(root, stage):
     front = linked((root / "README.md").read_text(), links)
     (stage / "index.md").write_text(f"{front}\n\n{navigation(stage)}\n")
     copy_mathjax(stage / "_static" / "mathjax")
-    for name in ("site.css", "icon.svg"):
+    for name in ("site.css", "site.js", "icon.svg"):
         shutil.copy(root / "docs" / name, stage / "_static")
 
 

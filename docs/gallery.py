@@ -129,9 +129,11 @@ def write_gallery(
     for path, writers in origins(root).items():
         notebook, command = writers[0] if writers else ("", "")
         sections.setdefault(notebook, {}).setdefault(command, []).append(path)
-    parts = [_section(root, notebook, sections[notebook]) for notebook in sorted(sections)]
+    tables = sorted(notebook for notebook in sections if "/table" in notebook)
+    others = sorted(sections.keys() - tables)
+    first, rest = ([_section(root, notebook, sections[notebook]) for notebook in part] for part in (tables, others))
     page = root / "figures" / "README.md"
-    page.write_text("\n\n".join([INTRODUCTION, _networks_section(root), *parts]) + "\n")
+    page.write_text("\n\n".join([INTRODUCTION, *first, _networks_section(root), *rest]) + "\n")
     return page
 
 
@@ -153,7 +155,7 @@ def _section(root, notebook, made):  # {command: paths}
         return "## Others\n\n" + "\n".join(_listed(paths) for paths in made.values())
     heading, claim = _title(root / notebook)
     commands = sorted(made, key=lambda command: command == "")  # what has none comes last
-    parts = [_made_by(command, made[command]) for command in commands]
+    parts = [_made_by(heading, Path(notebook).stem, command, made[command]) for command in commands]
     return "\n\n".join([f"## {heading}", f"{claim} ([notebook](../{notebook}))", *parts])
 
 
@@ -165,9 +167,11 @@ def _title(book):  # heading and claim of a notebook
     return heading, claim
 
 
-def _made_by(command, paths):
+def _made_by(heading, stem, command, paths):
     head = [f"`{command}`"] if command else []
-    shown = [text for path in paths if (text := _shown(path))]
+    captions = {path: f"{heading}, {path.stem.removeprefix(stem).replace('_', ' ').strip()}" for path in paths}
+    first = sorted(paths, key=lambda path: path.suffix != ".png")  # pictures
+    shown = [text for path in first if (text := _shown(path, captions[path].removesuffix(", ")))]
     notes = [_listed(paths), *(_provenance(path) for path in paths if path.suffix == ".jsonl")]
     return "\n\n".join([*head, *shown, "\n".join(notes)])
 
@@ -176,25 +180,72 @@ def _listed(paths):
     return "- files: " + ", ".join(f"[{path.name}]({path.name})" for path in paths)
 
 
-MOST_LINES = 25  # of a table on the page
+MOST_LINES = 30  # of a table on the page
+OPEN_LINES = 12  # of one that is not folded
 
 
-def _shown(path):  # a picture, a rendered table, or a table that is short enough
+def _shown(path, caption):  # a picture, a rendered table, or a table that is short enough
     if path.suffix == ".png":
-        return f"![{path.stem}]({path.name})"
+        return f"![{caption}]({path.name})"
     if path.suffix == ".md":
         return path.read_text().strip()
     if path.suffix == ".csv":
-        return _shown_table(path.read_text().splitlines())
+        return _shown_table(path)
 
 
-def _shown_table(text):  # the comments of a CSV file, and its table where it is short
+def _shown_table(path):  # the comments of a CSV file, and its table where it is short
+    text = path.read_text().splitlines()
     comments = [line.removeprefix("#").strip() for line in text if line.startswith("#")]
-    lines = list(csv.reader(line for line in text if not line.startswith("#")))
-    if not 1 < len(lines) <= MOST_LINES:
+    head, *lines = csv.reader(line for line in text if not line.startswith("#"))
+    if not 0 < len(lines) <= MOST_LINES:
         return "\n".join(comments)
-    table = _markdown(lines)
-    return "\n".join([*comments, "", *table] if comments else table)
+    values = [[_short(value, name) for value in column] for name, *column in zip(head, *lines)]
+    columns = dict(zip((_title_of(name, path.stem) for name in head), values))
+    same = {title: values[0] for title, values in columns.items() if len(lines) > 2 and len(set(values)) == 1}
+    kept = {title: values for title, values in columns.items() if title not in same}
+    said = ["In all lines: " + ", ".join(f"{title} {value}" for title, value in same.items() if value)] if same else []
+    table = "\n".join(_markdown([list(kept), *zip(*kept.values())]))
+    return "\n\n".join([*comments, *said, _folded(table, len(lines))])
+
+
+def _folded(table, lines):
+    if lines <= OPEN_LINES:
+        return table
+    return f"<details><summary>table, {lines} lines</summary>\n\n{table}\n\n</details>"
+
+
+TITLES = {  # of columns that files name for machines
+    "input_mib": "rows, MiB",
+    "extra_mib": "beyond them, MiB",
+    "kib": "size, KiB",
+    "top1": "shared, top-1 %",
+    "finetuned": "fine-tuned, top-1 %",
+    "wanted": "wanted ratio",
+    "limit": "limit, s",
+    "left_out": "left out",
+    "triton": "triton, ms",
+    "torch_version": "PyTorch",
+    "metric_saving": "saving by the metric",
+    "reference_saving": "saving by the reference",
+    "save_seconds": "save, s",
+    "load_seconds": "load, s",
+    "over_bound_percent": "above the bound, %",
+} | {name: f"{name}, bytes" for name in ("dense", "fixed", "log2", "entropy", "huffman", "file", "allowed")}
+OF_TABLES = {name: f"{name}, points" for name in ("paper", "ours", "difference")}
+
+
+def _title_of(column, stem):
+    return (OF_TABLES if stem.startswith("table") else TITLES).get(column, column)
+
+
+def _short(text, column):  # a number with four digits; runs are named by digits, too
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    if column == "run":
+        return text
+    return f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.4g}"
 
 
 def _markdown(lines):  # lists of words, the columns first → the lines of a table

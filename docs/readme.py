@@ -10,9 +10,9 @@ from typing import NamedTuple
 from deepkmeans.paper.figures import method_look, use_style
 from deepkmeans.paper.store import repository
 
-HEAD = (
-    "| | network, data, baseline, protocol | ratio | sharing alone (WR) | Deep k-Means | control | best other method |"
-)
+COLUMNS = ("", "network, data, baseline, protocol", "the paper's ratio", "on disk")
+COLUMNS += ("sharing alone (WR)", "Deep k-Means", "control", "best other method")
+NOTE = "A single run's standard error is {} to {} points."
 
 
 class Shown(NamedTuple):
@@ -41,14 +41,22 @@ OURS = ("WR", "Deep k-Means", "spectral", "control", "dense")  # how the methods
 def write_readme(
     root=".",  # a folder in a clone of the repository
 ) -> Path:  # the page
-    """Put the table of results into the README."""
+    """Put the table of results into the README, and below it how sure its numbers are."""
     root = repository(root)
     page = root / "README.md"
     lines = [_lenet(root / "figures"), *(_line(root / "figures", shown) for shown in SHOWN)]
-    table = "\n".join([HEAD, "|---" * 7 + "|", *(f"| {' | '.join(cells)} |" for cells in lines)])
-    old = re.compile(re.escape(HEAD) + r"\n(\|.*\n)*")
-    page.write_text(old.sub(lambda _: f"{table}\n", page.read_text()))
+    head, *below = [f"| {' | '.join(cells)} |".replace("|  |", "| |") for cells in (COLUMNS, *lines)]
+    table = "\n".join([head, "|---" * len(COLUMNS) + "|", *below, "", _note(root / "figures")])
+    old = re.compile(re.escape(head) + r"\n(\|.*\n)*\n.*")
+    page.write_text(old.sub(lambda _: table, page.read_text()))
     return page
+
+
+def _note(folder):
+    names = {f"{shown.table}_{shown.protocol}" for shown in SHOWN}
+    changes = [line["ours"] for name in names for line in _table(folder, name)]
+    errors = [float(change.split()[2]) for change in changes if change.endswith("(1)")]
+    return NOTE.format(f"{min(errors):.1f}", f"{max(errors):.1f}")
 
 
 def _table(folder, name):
@@ -57,11 +65,14 @@ def _table(folder, name):
 
 
 def _measured_on(folder, name, network):  # "FreshNet-CNN, cifar10-jpeg, 77.4 %, cpu"
-    shown = {run for line in _table(folder, name) for run in line["run"].split()}
-    records = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
-    records = [record for record in records if record["id"] in shown]
+    records = _records(folder, name, " ".join(line["run"] for line in _table(folder, name)))
     baselines = [record["stages"]["baseline"]["top1"] for record in records if "baseline" in record["stages"]]
     return f"{network}, {records[0]['dataset']['name']}, {fmean(baselines):.1f} %, {name.rsplit('_', 1)[1]}"
+
+
+def _records(folder, name, runs):  # those of some runs, "ea3bd05ba131 d49df1ac1bbf"
+    records = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+    return [record for record in records if record["id"] in runs.split()]
 
 
 def _lenet(folder):  # the smallest codebooks of all
@@ -69,9 +80,10 @@ def _lenet(folder):  # the smallest codebooks of all
     two = {line["re-training"]: line for line in _table(folder, name) if line["K"] == "2"}
     hard, control = two["hard (default)"], two["control"]
     alone = _mean(control["shared"]) - _mean(control["fine-tuned"]) + float(control["− baseline"])
-    ratio = f"{float(control['conv. ratio']):.0f} (convolutions)"
+    shared = _records(folder, name, hard["run"])[0]["stages"]["shared"]
+    on_disk = f"{shared['ratio']['conv']['file']:.0f} (convolutions)"
     changes = [f"{alone:+.2f}", hard["− baseline"], control["− baseline"]]
-    return ["LeNet", _measured_on(folder, name, "LeNet-5"), ratio, *changes, "–"]
+    return ["LeNet", _measured_on(folder, name, "LeNet-5"), "–", on_disk, *changes, "–"]
 
 
 def _line(folder, shown):
@@ -80,7 +92,9 @@ def _line(folder, shown):
     here = {_method(line): line for line in lines if float(line["nominal ratio"]) == shown.nominal}
     ours = [_change(here.get(method + shown.kind)) for method in ("WR", "Deep k-Means", "control")]
     about = shown.network if shown.kind else _measured_on(folder, name, shown.network)
-    return [shown.title, about, f"{shown.nominal:g}", *ours, _best_other(lines, shown.nominal)]
+    nominal = "–" if "wanted" in shown.kind else f"{shown.nominal:g}"
+    on_disk = float(here["Deep k-Means" + shown.kind]["ratio on disk"])
+    return [shown.title, about, nominal, f"{on_disk:.3g}", *ours, _best_other(lines, shown.nominal)]
 
 
 def _method(line):
@@ -104,7 +118,7 @@ def _best_other(lines, ratio):  # "−0.20, one-shot at 4.2": of those that are 
     if not small:
         return "not run"
     best = max(small, key=lambda line: _mean(line["ours"]))
-    return f"{_change(best)}, {_method(best)} at {_reached(best):.4g}"
+    return f"{_change(best)}, {_method(best)} at {_reached(best):.3g}"
 
 
 def _reached(line):
@@ -122,12 +136,12 @@ def draw_picture(
     """Draw what a Wide ResNet and LeNet lose over the ratio: the method, its control, sharing alone and the paper's."""
     root = repository(root)
     plt = use_style()
-    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=(5, 3), layout="constrained")
-    _draw_wide(left, _table(root / "figures", "table3_wide_resnet_full"))
-    _draw_lenet(right, _table(root / "figures", "lenet_regularizers_cpu"))
-    fig.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    fig, (top, bottom) = plt.subplots(2, 1, figsize=(6.4, 6), layout="constrained")  # text for a telephone
+    _draw_wide(top, _table(root / "figures", "table3_wide_resnet_full"))
+    _draw_lenet(bottom, _table(root / "figures", "lenet_regularizers_cpu"))
+    fig.legend(*top.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     path = root / "docs" / "results.png"
-    fig.savefig(path, dpi=110)
+    fig.savefig(path, dpi=120)
     plt.close(fig)
     return path
 
@@ -147,7 +161,7 @@ def _draw_wide(ax, lines):
         **grey,
     )
     _finish(ax, "Wide ResNet 16-4, CIFAR-10", "times smaller on disk", FLOORS["wide"])
-    ax.set_ylabel("change of top-1 accuracy, points")
+    ax.set_ylabel("change of top-1, points")
 
 
 def _draw_lenet(ax, lines):

@@ -99,6 +99,7 @@ def test_api_documents_every_public_name(root, site, pages):
     assert "clusters in every layer, or one number for each planned layer in order" in plan
     for said in (
         signature,
+        "what it is",
         "Raises ValueError for unknown or shared",
         "source",
     ):
@@ -144,6 +145,8 @@ LOOK = """async () => {
   return {wide: document.documentElement.scrollWidth - innerWidth, light: (r + g + b) / 765, formulas: formulas.length,
           raw: formulas.filter(e => !e.querySelector('mjx-container')).length,
           wrong: document.querySelectorAll('mjx-merror').length,
+          cut: [...document.querySelectorAll('pre')].filter(
+            e => !e.closest('.cell_output') && e.scrollWidth > e.clientWidth + 1).map(e => e.innerText.slice(0, 60)),
           missing: [...document.images].filter(i => i.complete && !i.naturalWidth).map(i => i.src)};
 }"""
 
@@ -164,17 +167,28 @@ def test_each_page_looks_right(site, pages, browser, address, scheme, width):
         name = path.relative_to(site)
         formulas += seen["formulas"]
         assert seen["wide"] <= 0, f"{name} is {seen['wide']} pixels wider than the screen"
+        assert seen["cut"] == [], f"code of {name} is cut off"
         assert seen["raw"] == seen["wrong"] == 0 and not seen["missing"], (name, seen)
         assert (seen["light"] > 0.9) == (scheme == "light"), (name, seen)
         assert said == [], (name, said)
     assert formulas > 100
 
 
-def test_search_finds_spectral(browser, address):
+def search(browser, address, word):
     page = browser.new_page()
     page.goto(address + "index.html")
-    page.fill("input.sidebar-search", "spectral")
+    page.fill("input.sidebar-search", word)
     page.press("input.sidebar-search", "Enter")
     page.wait_for_selector("#search-results ul.search li")
     page.wait_for_function("document.querySelector('#search-results .search-summary')?.innerText.includes('found')")
-    assert "The regularizer" in page.inner_text("#search-results")
+    return page
+
+
+def test_search_finds_spectral(browser, address):
+    assert "The regularizer" in search(browser, address, "spectral").inner_text("#search-results")
+
+
+@pytest.mark.parametrize("name", ["retrain.train", "regularizer.Regularizer", "sharing.share", "clustering.kmeans"])
+def test_search_finds_what_bears_the_name_first(browser, address, name):
+    page = search(browser, address, name.rpartition(".")[2])
+    assert f"deepkmeans.{name} " in page.inner_text("#search-results ul.search li >> nth=0") + " "

@@ -198,7 +198,7 @@ def test_readme_tells_lenet_as_it_was_measured(root):
         change = {(row["K"], row["re-training"]): row["− baseline"] for row in csv.DictReader(file)}
     lines = (root / "README.md").read_text().splitlines()
     (line,) = (line.strip("| ").split(" | ") for line in lines if line.startswith("| LeNet |"))
-    assert line[4:6] == [change["2", "hard (default)"], change["2", "control"]]
+    assert line[5:7] == [change["2", "hard (default)"], change["2", "control"]]
 
 
 def test_nothing_tracked_names_a_machine(root):

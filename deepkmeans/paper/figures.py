@@ -108,10 +108,12 @@ def rows_figure(
     """Rows before and after re-training above their codebook, along the two principal axes of the rows before."""
     plt = use_style()
     mean, axes = before.mean(0), _principal_axes(before)
+    size = min(70, 7000 / len(codebook))  # of a cross
     fig, panels = plt.subplots(1, 2, figsize=(10, 4.4), sharex=True, sharey=True, layout="constrained")
     for ax, rows, title in zip(panels, (before, after), ("baseline", "re-trained")):
-        ax.scatter(*_along(codebook - mean, axes), marker="x", s=70, c="0.25", linewidths=1.8, zorder=1)
+        ax.scatter(*_along(codebook - mean, axes), marker="x", s=size, c="0.25", linewidths=1.8, zorder=1)
         ax.scatter(*_along(rows - mean, axes), c=codes.tolist(), cmap="viridis", s=8, alpha=0.6, linewidths=0, zorder=2)
+        ax.locator_params(axis="x", nbins=7)  # for long numbers
         ax.set(title=f"{title}: {len(rows):,} rows, a colour for each centre", xlabel="first principal axis (weight)")
     panels[0].set_ylabel("second principal axis (weight)")
     crosses = plt.Line2D([], [], linestyle="", marker="x", color="0.25", markeredgewidth=1.8, markersize=8)
