@@ -27,8 +27,8 @@ def bits_for_ratio(
 ) -> float: # for `Regularizer(bits=…)`
     """The bits of all codes, by their entropy, and of all codebooks, at which the file has the wanted ratio."""
     entropy, file = (compression(shared, coding=coding) for coding in ("entropy", "file"))
-    spent = sum(row["index_bits"] + row["codebook_bits"] for row in entropy.lines)
-    least = sum(row["codebook_bits"] / row["k"] for row in entropy.lines if row["k"])  # one centre a layer
+    spent = sum(line["index_bits"] + line["codebook_bits"] for line in entropy.lines)
+    least = sum(line["codebook_bits"] / line["k"] for line in entropy.lines if line["k"])  # one centre a layer
     return max(least, spent + file.dense_bits / ratio - file.bits)
 
 # %% ../nbs/13_compress.ipynb #outcome
@@ -143,7 +143,8 @@ def compress(
     plan = allocate(model, ratio, loader, first=first, last=last, layout=layout, sparsity=sparsity,
                     include=include, exclude=exclude, images=images, **common)
     before = _accuracy(model, test_loader, amp)
-    history, codes = [], plan.codes
+    history = []
+    codes = plan.codes
     with _all_or_nothing(model):
         if epochs:
             training = dict(epochs=epochs, lr=lr, loss=loss, schedule=schedule, momentum=momentum, amp=amp,

@@ -82,7 +82,16 @@ class SharedWeight(Codes):
     the codebook to the means of the assigned rows under the present codes.
     """
 
-    def __init__(self, codes, k, shape, layout="row", pinned=False):
+    known = None  # a codebook (k, d) that stands for those means while it is attached
+
+    def __init__(
+        self,
+        codes: torch.Tensor, # (n,) integers below k
+        k: int, # number of clusters
+        shape: tuple, # of the weight
+        layout: str = "row", # what a row of the weight is, one of `rows.LAYOUTS`
+        pinned: bool = False, # is the first centre fixed at zero?
+    ):
         super().__init__(codes, k)
         self.shape = tuple(shape)
         self.layout = layout
@@ -102,7 +111,27 @@ class SharedWeight(Codes):
         return fixed + (codebook - fixed) / self.counts.to(codebook.device).clamp(min=1).unsqueeze(1)
 
     def right_inverse(self, weight):  # weight -> (k, d)
+        if self.known is not None:
+            return self.known
         return centroids(to_rows(weight, self.layout), self.codes, len(self.counts), self.pinned)
+
+    @classmethod
+    def attach(
+        cls,
+        module: nn.Module, # a layer with a dense weight; changed in place
+        codebook: torch.Tensor, # (k, d), copied, in the number type of the weight
+        codes: torch.Tensor, # (n,) integers below k
+        layout: str = "row", # as above
+        pinned: bool = False,
+        unsafe: bool = False, # leave out the trial that computes the weight once?
+    ):
+        """Put codebook[codes] in the place of a layer's weight, just as they are."""
+        device = module.weight.device
+        shared = cls(codes, len(codebook), module.weight.shape, layout, pinned).to(device)
+        shared.known = codebook.detach().to(device, copy=True)
+        parametrize.register_parametrization(module, "weight", shared, unsafe=unsafe)
+        shared.known = None
+        module.parametrizations.weight.original.grad = None  # what there is has the shape of the weight
 
 # %% ../nbs/03_sharing.ipynb #centroids
 def centroids(
@@ -384,11 +413,8 @@ def share_layer(
     kind: type = SharedWeight, # the parametrization, this class or a subclass
 ):
     """Put a codebook and codes in the place of one layer's weight."""
-    shared = kind(clustering.codes, len(clustering.codebook), module.weight.shape, plan.layout, plan.pinned)
-    parametrize.register_parametrization(module, "weight", shared)
-    with torch.no_grad():
-        module.parametrizations.weight.original.copy_(clustering.codebook)
-    module.parametrizations.weight.original.grad = None  # what there is has the shape of the weight
+    codebook = clustering.codebook.to(module.weight.dtype)
+    kind.attach(module, codebook, clustering.codes, plan.layout, plan.pinned)
 
 # %% ../nbs/03_sharing.ipynb #state-of
 def _state_of(module):

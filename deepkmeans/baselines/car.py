@@ -106,7 +106,8 @@ def reductions(
     amp: bool = False, # compute in bfloat16 where that is safe?
 ) -> list: # a Reduction for each filter
     """CAR of each filter of a layer: Acc − Acc without it, and the same for the loss (arXiv 1705.07356)."""
-    whole, found = evaluate(model, loader, amp=amp), []
+    whole = evaluate(model, loader, amp=amp)
+    found = []
     for i in range(_filters(model.get_submodule(layer), layer)):
         part = evaluate(remove_filters(copy.deepcopy(model), layer, consumers, [i]), loader, amp=amp)
         found.append(Reduction(whole.top1 - part.top1, part.loss - whole.loss))

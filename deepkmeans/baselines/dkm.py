@@ -222,7 +222,8 @@ def deep_compression(
     """
     if wrong := [name for name, p in plan.items() if p.layout != "scalar"]:
         raise ValueError(f"layout={plan[wrong[0]].layout!r} of layer {wrong[0]!r} must be 'scalar'")
-    layers, report = planned_layers(model, plan), SharingReport([])
+    layers = planned_layers(model, plan)
+    report = SharingReport([])
     found = {name: _from_grid(module.weight, plan[name]) for name, module in layers.items()}
     for name, module in layers.items():
         report.lines.append(_describe(name, module.weight, plan[name], found[name]))

@@ -44,7 +44,8 @@ def apportion(
     sizes, # (parts,) the most that each part can take
 ) -> np.ndarray: # (parts,) whole numbers, from 1 to the size, whose sum is the budget
     """Largest remainders under bounds. Raises `ValueError` for a budget that cannot be dealt out."""
-    weights, sizes = np.asarray(weights, dtype=float), np.asarray(sizes)
+    weights = np.asarray(weights, dtype=float)
+    sizes = np.asarray(sizes)
     if not len(sizes) <= budget <= sizes.sum():
         raise ValueError(f"budget={budget} must be from {len(sizes)}, one for each part, to {sizes.sum()}")
     ideal = _ideal(budget, weights, sizes)
@@ -56,7 +57,8 @@ def apportion(
 
 # %% ../../nbs/23_hashing.ipynb #ideal
 def _ideal(budget, weights, sizes):  # (parts,) shares under the bounds, together at most the budget
-    low, high = 0.0, sizes.sum() / weights.min()
+    low = 0.0
+    high = sizes.sum() / weights.min()
     for _ in range(200):
         middle = (low + high) / 2
         if np.clip(middle * weights, 1, sizes).sum() <= budget:
@@ -82,7 +84,8 @@ class HashedWeight(nn.Module):
         super().__init__()
         if not 1 <= buckets <= prod(shape):
             raise ValueError(f"buckets={buckets} must be from 1 to the number of weights, {prod(shape)}")
-        self.shape, self.buckets = tuple(shape), int(buckets)
+        self.shape = tuple(shape)
+        self.buckets = int(buckets)
         drawn, sign = _index_and_sign(prod(shape), seed)
         index = torch.from_numpy(self._deal(drawn).astype(np.int32))
         self.register_buffer("index", index, persistent=False)  # (n,)
@@ -126,13 +129,14 @@ class FrequencyWeight(HashedWeight):
     def __init__(self, shape, buckets, seed=0, alpha=1.0, beta=2.0):
         h, w = shape[-2:]
         bands = np.add.outer(np.arange(h), np.arange(w)).ravel()  # (h·w,)
-        filters, sizes = prod(shape[:-2]), np.bincount(bands)
+        filters = prod(shape[:-2])
+        sizes = np.bincount(bands)
         shares = beta_curve(len(sizes), alpha, beta) * sizes
         self.band_buckets = apportion(buckets, shares, filters * sizes)  # (bands,)
         self._bands = np.tile(bands, filters)  # (n,)
         super().__init__(shape, buckets, seed)
-        self.register_buffer("rows", cosine(h).float(), persistent=False)
-        self.register_buffer("columns", cosine(w).float(), persistent=False)
+        self.register_buffer("down", cosine(h).float(), persistent=False)
+        self.register_buffer("across", cosine(w).float(), persistent=False)
 
     def _deal(self, drawn):
         start = np.cumsum(self.band_buckets) - self.band_buckets
@@ -141,10 +145,10 @@ class FrequencyWeight(HashedWeight):
 
     def forward(self, buckets):  # (K,) -> weight
         with torch.autocast(buckets.device.type, enabled=False):  # in float32; the convolution rounds once
-            return self.rows.T @ super().forward(buckets) @ self.columns
+            return self.down.T @ super().forward(buckets) @ self.across
 
     def right_inverse(self, weight):  # weight -> (K,)
-        return super().right_inverse(self.rows @ weight @ self.columns.T)
+        return super().right_inverse(self.down @ weight @ self.across.T)
 
 # %% ../../nbs/23_hashing.ipynb #hashed-net
 def hashed_net(
@@ -195,7 +199,8 @@ def _hash_layers(model, ratio, scratch, include, exclude, seed, make):  # make(l
     layers = planned_layers(model, layers_of(model, include, exclude))
     budgets = _budgets(layers.values(), ratio)
     hashed = [make(layer, layer.weight.shape, budgets[i], seed + i) for i, layer in enumerate(layers.values())]
-    report, generator = FactorReport([], _others(model, layers)), torch.Generator().manual_seed(seed)
+    report = FactorReport([], _others(model, layers))
+    generator = torch.Generator().manual_seed(seed)
     for (name, layer), weight in zip(layers.items(), hashed):
         before = layer.weight.detach().clone()
         parametrize.register_parametrization(layer, "weight", weight.to(before.device))

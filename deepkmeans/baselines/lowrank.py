@@ -323,10 +323,12 @@ def _ranks_of_ratio(svds, convs, other, ratio):  # those of the largest share wh
         ranks = _ranks_of_energy(svds, energy)
         return other + sum(min(sizes[name], K * _cost(convs[name])) for name, K in ranks.items())
 
-    dense, least = other + sum(sizes.values()), numbers(0.0)
+    dense = other + sum(sizes.values())
+    least = numbers(0.0)
     if least > dense / ratio:
         raise ValueError(f"ratio={ratio} must be at most {dense / least:.4g}, which rank 1 everywhere reaches")
-    low, high = 0.0, 1.0
+    low = 0.0
+    high = 1.0
     for _ in range(50):
         middle = (low + high) / 2
         if numbers(middle) <= dense / ratio:
@@ -362,10 +364,12 @@ def separable(
     def factor(name, conv):
         if name not in chosen:
             return "no rank given"
-        K, S = chosen[name], svds[name].S
+        K = chosen[name]
+        S = svds[name].S
         if not 1 <= K <= len(S):
             raise ValueError(f"rank of {name!r} is {K}; it must be from 1 to {len(S)}")
-        size, dense = K * _cost(conv), conv.weight.numel()
+        size = K * _cost(conv)
+        dense = conv.weight.numel()
         if size >= dense and ranks is None:
             return f"no smaller: {size:,} weights of factors for {dense:,}"
         error = float(S[K:].square().sum() / S.square().sum().clamp(min=1e-300))

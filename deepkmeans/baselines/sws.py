@@ -98,12 +98,14 @@ def train_soft(
     progress: bool = True, # show a progress bar?
 ) -> list: # one dict an epoch: loss and complexity, means over the epoch
     """Re-train weights and mixture together under the loss E + τ/N·complexity (Ullrich et al. 2017)."""
-    weights, history = prior_weights(model), []
+    weights = prior_weights(model)
+    history = []
     optimizer = _adam(model, mixture, lr, speed)
     model.train()
     with tqdm(total=epochs * len(loader), disable=not progress) as bar:
         for epoch in range(epochs):
-            loader.epoch, sums = epoch, torch.zeros(2)
+            loader.epoch = epoch
+            sums = torch.zeros(2)
             for x, y in loader:
                 with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
                     loss = F.cross_entropy(model(x), y)
@@ -146,7 +148,8 @@ def _divergences(mean, var):  # (c, c): KL(j‖k), infinite on the diagonal
 
 # %% ../../nbs/21_sws.ipynb #joined
 def _joined(mix, mean, var, j, k):  # component k becomes part of j, where j < k
-    both, keep = [j, k], torch.arange(len(mix)) != k
+    both = [j, k]
+    keep = torch.arange(len(mix)) != k
     share = mix[both] / mix[both].sum()
     if j > 0:  # component 0 keeps the mean 0
         mean[j] = share @ mean[both]

@@ -49,8 +49,10 @@ class TTWeight(nn.Module):
 
     def __init__(self, shape, groups, order, ranks):
         super().__init__()
-        self.shape, self.ranks = tuple(shape), tuple(ranks)
-        self.groups, self.order = groups, order
+        self.shape = tuple(shape)
+        self.ranks = tuple(ranks)
+        self.groups = groups
+        self.order = order
         self.axes = [size for group in groups for size in group]
 
     def forward(self, *cores):  # -> weight
@@ -88,7 +90,8 @@ def _padded(core, size):  # a rank above what the tensor has is filled with zero
 # %% ../../nbs/22_tensor_train.ipynb #matrix-train
 def _matrix_train(shape, ranks):  # cores (x, y), (c_1, s_1), …
     S, C, *kernel = shape
-    d, k = len(ranks), len(kernel)
+    d = len(ranks)
+    k = len(kernel)
     pairs = list(zip(split(C, d), split(S, d)))
     order = [*range(k + 1, k + 2 * d, 2), *range(k, k + 2 * d, 2), *range(k)]
     return TTWeight(shape, [tuple(kernel), *pairs], order, ranks)
@@ -104,7 +107,8 @@ def _naive_train(shape, ranks):  # cores x, y, c, s
 
 # %% ../../nbs/22_tensor_train.ipynb #init
 def _draw_cores(parametrization, v, like, generator):  # cores whose product has variance v
-    sizes, drawn = parametrization.sizes(), []
+    sizes = parametrization.sizes()
+    drawn = []
     for size in sizes:
         deviation = (v ** (1 / len(sizes)) / size[2]) ** 0.5
         drawn.append(torch.randn(size, generator=generator).mul_(deviation).to(like))
@@ -127,9 +131,11 @@ def tensorize(
     under 1, of a wrong number, or of an unknown layer; the network is then unchanged.
     """
     layers = planned_layers(model, layers_of(model, include, exclude))
-    each, given = _ranks_by_layer(ranks, layers), isinstance(ranks, dict)
+    each = _ranks_by_layer(ranks, layers)
+    given = isinstance(ranks, dict)
     trains = {name: _train(name, layers[name].weight.shape, each[name], naive) for name in layers if name in each}
-    report, generator = FactorReport([], _others(model, layers)), torch.Generator().manual_seed(seed)
+    report = FactorReport([], _others(model, layers))
+    generator = torch.Generator().manual_seed(seed)
     for name, layer in layers.items():
         weight = layer.weight.detach()
         if name not in trains:

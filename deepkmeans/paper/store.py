@@ -6,7 +6,7 @@
 __all__ = ['PLACES', 'NETWORKS', 'PROTOCOLS', 'UserError', 'user_errors', 'given_parameters', 'run_id', 'baseline_file',
            'environment', 'save_record', 'read_records', 'pack_records', 'keep_records', 'notebook_parameters',
            'complete_parameters', 'lookup', 'collect', 'paper_numbers', 'repository', 'check_protocol', 'budget',
-           'figure_path']
+           'figure_path', 'places']
 
 # %% ../../nbs/30_store.ipynb #imports
 import hashlib
@@ -355,3 +355,12 @@ def figure_path(
 ) -> Path:
     """Where a file that a notebook declares lies."""
     return repository(root) / "figures" / name.format(**places)
+
+# %% ../../nbs/30_store.ipynb #places
+def places(
+    files: dict[str, str], # FILES of a notebook: {what: name in figures/}
+    root: str = ".", # a folder in a clone of the repository
+    **within, # what stands in the places of their names
+) -> dict[str, Path]:
+    """Where the files that a notebook declares lie: {what: path}."""
+    return {what: figure_path(name, root, **within) for what, name in files.items()}
