@@ -6,10 +6,12 @@
 __all__ = ['bits_for_ratio', 'Outcome', 'compress']
 
 # %% ../nbs/13_compress.ipynb #imports
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from numbers import Integral
+from pathlib import Path
 
 import torch.nn as nn
 
@@ -109,24 +111,24 @@ def _accuracy(model, loader, amp):  # None without a loader
 def compress(
     model: nn.Module, # a dense network; changed in place
     ratio: float, # wanted: bytes of the dense tensors over bytes of the file, above 1
-    loader=None, # iterable of (images, labels) to weigh the layers by and to train on; None: weights' energy weighs
+    loader: Iterable | None = None, # (images, labels) to weigh layers by and train on; None: weights' energy weighs
     epochs: int = 0, # passes of re-training over the loader; 0: the network is shared as it is
     *,
-    test_loader=None, # iterable of (images, labels) for the accuracy before and after; None: not measured
+    test_loader: Iterable | None = None, # (images, labels) for the accuracy before and after; None: not measured
     lr: float = 0.02, # learning rate at the start of re-training
     schedule: str = "cosine", # how it goes on, one of `retrain.SCHEDULES`
     momentum: float = 0.9, # of stochastic gradient descent
     weight_decay: float = 5e-4, # L2 penalty on all parameters
-    loss=classification_loss, # (output, labels) → a scalar
+    loss: Callable = classification_loss, # (output, labels) → a scalar
     distill: bool = False, # does the dense network teach, beside the labels?
     amp: bool = False, # compute in bfloat16 where that is safe?
-    checkpoint=None, # file to resume re-training from when it exists, and to write after each epoch
+    checkpoint: str | Path | None = None, # file to resume re-training from where it exists, written after each epoch
     first: int | float | None = None, # least clusters of the first layer: a k (int) or a rate (float), nothing pinned
     last: int | float | None = None, # likewise for the last
     layout: str = "row", # what a row is, one of `rows.LAYOUTS`
     sparsity: bool = True, # may rows be pinned at zero?
-    include=LAYERS, # module types that may be shared
-    exclude=(), # names or glob patterns of layers that stay dense
+    include: tuple[type, ...] = LAYERS, # module types that may be shared
+    exclude: str | tuple[str, ...] = (), # names or glob patterns of layers that stay dense
     images: int = 1024, # images that say how much each weight matters
     seed: int = 0, # seed of k-means, of the labels drawn and of dropout
     backend: str = "auto", # back end of the k-means

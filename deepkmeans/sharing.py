@@ -8,6 +8,7 @@ __all__ = ['Codes', 'SharedWeight', 'centroids', 'cluster', 'planned_layers', 'c
 
 # %% ../nbs/03_sharing.ipynb #imports
 from collections import defaultdict
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 
@@ -27,7 +28,7 @@ from .rows import from_rows, to_rows
 class Codes(nn.Module):
     """Codes (n,) and the counts (k,) of their clusters: in the state dict, moved with the network, no buffers."""
 
-    def __init__(self, codes, k):
+    def __init__(self, codes: torch.Tensor, k: int):
         super().__init__()
         self.codes = codes.to(torch.int32)
         self.counts = torch.bincount(codes, minlength=k)
@@ -97,7 +98,7 @@ class SharedWeight(Codes):
         self.layout = layout
         self.pinned = pinned
 
-    def forward(self, codebook):  # (k, d) -> weight
+    def forward(self, codebook: torch.Tensor):  # (k, d) -> weight
         # 16 bits cannot sum a cluster's gradients
         exact = codebook.to(torch.promote_types(codebook.dtype, torch.float32))
         centres = self.with_mean_gradients(exact)  # (k, d)
@@ -106,11 +107,11 @@ class SharedWeight(Codes):
         rows = F.embedding(self.codes.to(centres.device), centres)  # (n, d)
         return from_rows(rows.to(codebook.dtype), self.shape, self.layout)
 
-    def with_mean_gradients(self, codebook):  # (k, d) -> the same values; their gradients arrive divided by the counts
+    def with_mean_gradients(self, codebook: torch.Tensor):  # (k, d) -> the same; gradients arrive divided by the counts
         fixed = codebook.detach()
         return fixed + (codebook - fixed) / self.counts.to(codebook.device).clamp(min=1).unsqueeze(1)
 
-    def right_inverse(self, weight):  # weight -> (k, d)
+    def right_inverse(self, weight: torch.Tensor):  # weight -> (k, d)
         if self.known is not None:
             return self.known
         return centroids(to_rows(weight, self.layout), self.codes, len(self.counts), self.pinned)
@@ -276,7 +277,7 @@ def _seed_of_each(layers, seed):  # {layer name: seed}, drawn before the threads
 
 # %% ../nbs/03_sharing.ipynb #side-by-side
 def side_by_side(
-    call, # (layer name, weight) → a result
+    call: Callable, # (layer name, weight) → a result
     weights: dict[str, torch.Tensor], # {layer name: weight}
     what: str = "", # text of the progress bar
     progress: bool = False, # show it?

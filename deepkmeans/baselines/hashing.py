@@ -39,9 +39,9 @@ def _index_and_sign(n, seed):  # two independent hashes of each position
 
 # %% ../../nbs/23_hashing.ipynb #apportion
 def apportion(
-    budget, # whole number, at least one for each part and at most their sizes together
-    weights, # (parts,) shares, above 0
-    sizes, # (parts,) the most that each part can take
+    budget: int, # whole number, at least one for each part and at most their sizes together
+    weights: np.ndarray, # (parts,) shares, above 0
+    sizes: np.ndarray, # (parts,) the most that each part can take
 ) -> np.ndarray: # (parts,) whole numbers, from 1 to the size, whose sum is the budget
     """Largest remainders under bounds. Raises `ValueError` for a budget that cannot be dealt out."""
     weights = np.asarray(weights, dtype=float)
@@ -94,10 +94,10 @@ class HashedWeight(nn.Module):
     def _deal(self, drawn):
         return drawn % np.uint64(self.buckets)
 
-    def forward(self, buckets):  # (K,) -> weight
+    def forward(self, buckets: torch.Tensor):  # (K,) -> weight
         return (buckets.index_select(0, self.index) * self.sign).view(self.shape)
 
-    def right_inverse(self, weight):  # weight -> (K,)
+    def right_inverse(self, weight: torch.Tensor):  # weight -> (K,)
         total = weight.new_zeros(self.buckets).index_add(0, self.index, weight.flatten() * self.sign)
         return total / torch.bincount(self.index, minlength=self.buckets).clamp(min=1)
 
@@ -126,7 +126,7 @@ def beta_curve(
 class FrequencyWeight(HashedWeight):
     """A `HashedWeight` of the two-dimensional DCT of each kernel, band by band (Chen et al. 2016)."""
 
-    def __init__(self, shape, buckets, seed=0, alpha=1.0, beta=2.0):
+    def __init__(self, shape: tuple, buckets: int, seed: int = 0, alpha: float = 1.0, beta: float = 2.0):
         h, w = shape[-2:]
         bands = np.add.outer(np.arange(h), np.arange(w)).ravel()  # (h·w,)
         filters = prod(shape[:-2])
@@ -143,11 +143,11 @@ class FrequencyWeight(HashedWeight):
         within = drawn % self.band_buckets.astype(np.uint64)[self._bands]
         return start[self._bands] + within.astype(int)
 
-    def forward(self, buckets):  # (K,) -> weight
+    def forward(self, buckets: torch.Tensor):  # (K,) -> weight
         with torch.autocast(buckets.device.type, enabled=False):  # in float32; the convolution rounds once
             return self.down.T @ super().forward(buckets) @ self.across
 
-    def right_inverse(self, weight):  # weight -> (K,)
+    def right_inverse(self, weight: torch.Tensor):  # weight -> (K,)
         return super().right_inverse(self.down @ weight @ self.across.T)
 
 # %% ../../nbs/23_hashing.ipynb #hashed-net
@@ -156,8 +156,8 @@ def hashed_net(
     ratio: float, # numbers of the layers over what they hold afterwards, biases included on both sides
     *,
     scratch: bool = True, # random buckets, of the mean square of the weight? else those nearest to the weight
-    include=(*CONVOLUTIONS, nn.Linear), # module types that are hashed
-    exclude=(), # names or glob patterns of layers to leave dense
+    include: tuple[type, ...] = (*CONVOLUTIONS, nn.Linear), # module types that are hashed
+    exclude: str | tuple[str, ...] = (), # names or glob patterns of layers to leave dense
     seed: int = 0, # of hashes and buckets
 ) -> FactorReport:
     """Hash the weights of each layer into its share of the budget (Chen et al. 2015).
@@ -177,8 +177,8 @@ def fresh_net(
     alpha: float = 1.0, # α of the budget along the bands
     beta: float = 2.0, # β
     scratch: bool = True, # random buckets, of the mean square of the weight? else those nearest to the weight
-    include=(*CONVOLUTIONS, nn.Linear), # module types that are hashed
-    exclude=(), # names or glob patterns of layers to leave dense
+    include: tuple[type, ...] = (*CONVOLUTIONS, nn.Linear), # module types that are hashed
+    exclude: str | tuple[str, ...] = (), # names or glob patterns of layers to leave dense
     seed: int = 0, # of hashes and buckets
 ) -> FactorReport:
     """Hash the frequencies of each two-dimensional convolution, and the weights of other layers (Chen et al. 2016).

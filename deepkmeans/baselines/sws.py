@@ -6,6 +6,7 @@
 __all__ = ['PIECE', 'RATES', 'Mixture', 'prior_weights', 'train_soft', 'merged', 'quantise', 'sparse_bits', 'soft_bits']
 
 # %% ../../nbs/21_sws.ipynb #imports
+from collections.abc import Iterable
 from math import log, pi
 
 import torch
@@ -32,8 +33,8 @@ class Mixture(nn.Module):
         pi_zero: float = 0.99, # proportion of component 0
         span: float = 0.6, # the free means begin evenly spaced from −span to span
         sigma: float = 0.25, # standard deviation that all begin with
-        gamma_zero=(5e3, 2.0), # α and β of the Gamma hyper-prior on the precision of component 0
-        gamma=(250.0, 0.1), # and of the others
+        gamma_zero: tuple[float, float] = (5e3, 2.0), # α and β of the Gamma hyper-prior on the precision of component 0
+        gamma: tuple[float, float] = (250.0, 0.1), # and of the others
     ):
         super().__init__()
         if components < 1:
@@ -86,7 +87,7 @@ def prior_weights(
 # %% ../../nbs/21_sws.ipynb #train-soft
 def train_soft(
     model: nn.Module, # a trained classifier; changed in place
-    loader, # iterable of (images, labels) with a length
+    loader: Iterable, # iterable of (images, labels) with a length
     mixture: Mixture, # a `Mixture`; changed in place
     *,
     epochs: int, # passes over the loader
@@ -175,7 +176,7 @@ def quantise(
 
 # %% ../../nbs/21_sws.ipynb #sparse-bits
 def sparse_bits(
-    codes, # (n,) codes of a layer; 0: the weight is zero
+    codes: torch.Tensor, # (n,) codes of a layer; 0: the weight is zero
     width: int = 5, # b: a distance is from 1 to 2^b
 ) -> float: # bits of both streams
     """Bits of the codes that are not zero and of their distances, Huffman coded (Han et al. 2016, sections 2 and 4)."""
@@ -192,7 +193,7 @@ def sparse_bits(
 # %% ../../nbs/21_sws.ipynb #soft-bits
 def soft_bits(
     model: nn.Module, # the quantised network
-    codes, # as `quantise` gives them
+    codes: list[torch.Tensor], # as `quantise` gives them
 ) -> float: # bits
     """The size of a network under soft weight-sharing.
 

@@ -41,13 +41,15 @@ def _primes(n):  # the prime factors, largest first
 
 # %% ../../nbs/22_tensor_train.ipynb #ttweight
 class TTWeight(nn.Module):
-    """The parametrization weight = product of TT cores, the k-th of shape (r_{k−1}, n_k, r_k) (Garipov et al. 2016).
+    """The parametrization weight = product of TT cores, the k-th of shape (r_{k−1}, n_k, r_k) (Garipov et al. 2016)."""
 
-    `groups` holds for each core the sizes of the axes that it carries, `order` the permutation that brings all axes to
-    (s…, c…, x, y).
-    """
-
-    def __init__(self, shape, groups, order, ranks):
+    def __init__(
+        self,
+        shape: tuple[int, ...], # of the weight
+        groups: list[tuple[int, ...]], # for each core the sizes of the axes that it carries
+        order: list[int], # the permutation that brings all axes to (s…, c…, x, y)
+        ranks: tuple[int, ...], # r_0, …
+    ):
         super().__init__()
         self.shape = tuple(shape)
         self.ranks = tuple(ranks)
@@ -60,7 +62,7 @@ class TTWeight(nn.Module):
             train = reduce(lambda left, core: torch.tensordot(left, core, 1), cores)  # (1, n_0, …, n_d, 1)
         return train.reshape(self.axes).permute(self.order).reshape(self.shape)
 
-    def right_inverse(self, weight):  # weight -> cores
+    def right_inverse(self, weight: torch.Tensor):  # weight -> cores
         tensor = weight.detach().cpu().double().reshape([self.axes[i] for i in self.order])
         back = sorted(range(len(self.axes)), key=self.order.__getitem__)
         grouped = tensor.permute(back).reshape([prod(group) for group in self.groups])  # (n_0, …, n_d)
@@ -117,12 +119,12 @@ def _draw_cores(parametrization, v, like, generator):  # cores whose product has
 # %% ../../nbs/22_tensor_train.ipynb #tensorize
 def tensorize(
     model: nn.Module, # the network; changed in place
-    ranks, # (r_0, …) for every layer, or {layer name: (r_0, …)}
+    ranks: tuple | dict[str, tuple], # (r_0, …) for every layer, or {layer name: (r_0, …)}
     *,
     naive: bool = False, # a core for each axis of the kernel? else the channels are split, a part for each rank
     scratch: bool = True, # random cores, of a kernel with the mean square of the weight? else the TT-SVD of the weight
-    include=CONVOLUTIONS, # module types that are tensorized
-    exclude=(), # names or glob patterns of layers to leave dense
+    include: tuple[type, ...] = CONVOLUTIONS, # module types that are tensorized
+    exclude: str | tuple[str, ...] = (), # names or glob patterns of layers to leave dense
     seed: int = 0, # of the random cores
 ) -> FactorReport:
     """Write each kernel as a tensor train (Garipov et al. 2016).

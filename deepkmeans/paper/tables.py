@@ -32,15 +32,15 @@ class Line(NamedTuple):
         """Method and ratio: what tells the lines of a table apart."""
         return f"{self.method} at {self.ratio:g}"
 
-    def run(self, i) -> dict:
+    def run(self, i: int) -> dict:
         """The parameters of its run number i, from 0."""
         return self.parameters | {self.repeated: i}
 
 # %% ../../nbs/32_tables.ipynb #suites
 def suites(
-    lines, # of a table
-    seeds, # runs of each
-    root=".", # root of the repository
+    lines: list[Line], # of a table
+    seeds: int, # runs of each
+    root: str | Path = ".", # root of the repository
 ) -> dict: # {path of the notebook: its parameter sets}, each run once, in the order of the lines
     """The runs that a table needs, for `run`."""
     runs = [(line.job, line.run(i)) for i in range(seeds) for line in lines]
@@ -71,33 +71,33 @@ class Budget(NamedTuple):
         """The network without any compression, trained on for all epochs."""
         return self.hard(kind="none", K=1)
 
-    def other(self, method, lr=None, **settings) -> dict:
+    def other(self, method: str, lr: float | None = None, **settings) -> dict:
         """A method of `baseline.ipynb`; `lr` where it does not train at the learning rate of the others."""
         return self.start | dict(method=method, settings=settings, epochs=self.epochs, lr=lr or self.lr)
 
-    def from_scratch(self, method, times=1.0, **settings) -> dict:
+    def from_scratch(self, method: str, times: float = 1.0, **settings) -> dict:
         """A method that trains anew, at the learning rate of the baseline or so many times that."""
         return self.other(method, times * self.start["baseline_lr"], **settings)
 
-    def wanted(self, ratio) -> list[Line]:
+    def wanted(self, ratio: float) -> list[Line]:
         """Deep k-Means and its control at a ratio of the file, by the allocator's plan."""
         plan = dict(target_ratio=float(ratio))
         return [Line("Deep k-Means, wanted ratio", ratio, "retrain", self.hard(**plan), "shared"),
                 Line("control, wanted ratio", ratio, "retrain", self.control(**plan), "finetuned")]
 
-    def single_weights(self, ratio, k) -> list[Line]:
+    def single_weights(self, ratio: float, k: int) -> list[Line]:
         """The methods whose codebooks hold k single weights, at the ratio that they have for it."""
         return [Line("DKM", ratio, "baseline", self.other("dkm", self.dkm_lr, k=k), "trained"),
                 Line("Deep Compression", ratio, "baseline", self.other("deep-compression", k=k), "trained")]
 
 # %% ../../nbs/32_tables.ipynb #compare
 def compare(
-    lines, # of a table
-    seeds, # runs of each
+    lines: list[Line], # of a table
+    seeds: int, # runs of each
     reported, # what `paper_numbers` has
-    stores, # as for `lookup`
-    root=".", # root of the repository
-    metric="top1", # or "top5"
+    stores: list[str | Path], # as for `lookup`
+    root: str | Path = ".", # root of the repository
+    metric: str = "top1", # or "top5"
 ): # a pandas frame, a line for each under its label
     """Paper beside ours, in points: `change` is the mean over the seeds that ended, `of` how many, `sd` its deviation.
 
@@ -162,7 +162,7 @@ def _in_words(change, error, ended, made):
 # %% ../../nbs/32_tables.ipynb #claims
 def claims(
     frame, # as `compare` gives it
-    pairs, # of labels: the first is better in the paper, or wanted to be
+    pairs: list[tuple[str, str]], # of labels: the first is better in the paper, or wanted to be
 ) -> list: # sentences
     """For each pair of lines that were both run, whether the first lost less than the second.
 
@@ -196,7 +196,7 @@ class Table(NamedTuple):
     lines: list  # of `Line`
     given: dict  # parameters of the notebook: protocol, execute, save, again, seeds, jobs, scheduler, out, root
 
-    def path(self, what, **places) -> Path:
+    def path(self, what: str, **places) -> Path:
         """The file in figures/ that FILES calls `what`."""
         return figure_path(self.files[what], self.given["root"], protocol=self.given["protocol"], **places)
 
@@ -207,7 +207,7 @@ class Table(NamedTuple):
 
 # %% ../../nbs/32_tables.ipynb #make-runs
 def make_runs(
-    table, # a `Table`
+    table: Table, # a `Table`
 ) -> list: # records of the runs that are there
     """Make the runs that a table lacks if it is to `execute`, and keep the records in figures/ if it is to `save`."""
     given = table.given
@@ -225,8 +225,8 @@ def make_runs(
 
 # %% ../../nbs/32_tables.ipynb #compared
 def compared(
-    table, # a `Table`
-    metric="top1", # or "top5"
+    table: Table, # a `Table`
+    metric: str = "top1", # or "top5"
 ): # as `compare` gives it
     """The lines of a table beside what the paper reports."""
     given = table.given
@@ -236,19 +236,19 @@ def compared(
 
 # %% ../../nbs/32_tables.ipynb #setting
 def setting(
-    network, # in words
+    network: str, # in words
     frame, # as `compared` gives it
-    records, # of the table
+    records: list[dict], # of the table
 ) -> str: # network, data, mean baseline of the lines
     """What a table was measured on: "FreshNet-CNN, cifar10-jpeg, 75.2 %"."""
     return f"{network}, {records[0]['dataset']['name']}, {frame.baseline.mean():.1f} %"
 
 # %% ../../nbs/32_tables.ipynb #caption
 def caption(
-    table, # a `Table`
-    network, # in words
+    table: Table, # a `Table`
+    network: str, # in words
     frame, # as `compared` gives it
-    records, # of the table
+    records: list[dict], # of the table
 ) -> str:
     """The lines above a table: network, data and baseline, ours and the paper's, and the command."""
     given = table.given
@@ -282,10 +282,10 @@ def _shown(table, frame, ratios, more):
 
 # %% ../../nbs/32_tables.ipynb #show
 def show(
-    table, # a `Table`
+    table: Table, # a `Table`
     frame, # as `compared` gives it
     *,
-    ratios=RATIOS, # {column of the frame: title}
+    ratios: dict[str, str] = RATIOS, # {column of the frame: title}
     **more, # further columns, as {title: one value for each line}
 ): # the table, styled
     """The table as its notebook shows it; written into figures/ if it is to `save`."""
@@ -299,7 +299,7 @@ def show(
 
 # %% ../../nbs/32_tables.ipynb #keep-picture
 def keep_picture(
-    table, # a `Table`
+    table: Table, # a `Table`
     figure, # of matplotlib
 ):
     """Show the picture of a table, and write it into figures/ if the table is to `save`."""
@@ -311,10 +311,10 @@ def keep_picture(
 
 # %% ../../nbs/32_tables.ipynb #verdicts
 def verdicts(
-    table, # a `Table`
+    table: Table, # a `Table`
     frame, # as `compared` gives it
-    pairs, # as for `claims`
-    trained=0.0, # top-1 in percent from which a baseline counts as trained
+    pairs: list[tuple[str, str]], # as for `claims`
+    trained: float = 0.0, # top-1 in percent from which a baseline counts as trained
 ):
     """Print what holds; at `smoke`, which only shows that all runs, nothing."""
     if table.given["protocol"] == "smoke":
