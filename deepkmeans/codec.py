@@ -700,16 +700,7 @@ def _install(model, content, codes, assign):
 
 # %% ../nbs/07_codec.ipynb #attach
 def _attach(module, layer, codebook, codes):
-    device = module.weight.device
-    shared = SharedWeight(codes, layer.k, layer.shape, layer.layout, bool(layer.pinned)).to(device)
-    known = codebook.to(device)
-
-    def given(weight):  # no need to average the weight
-        return known
-
-    shared.right_inverse = given
-    parametrize.register_parametrization(module, "weight", shared, unsafe=True)
-    del shared.right_inverse
+    SharedWeight.attach(module, codebook, codes, layer.layout, bool(layer.pinned), unsafe=True)
 
 # %% ../nbs/07_codec.ipynb #fit
 def _check_fit(content, model):

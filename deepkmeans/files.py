@@ -16,7 +16,7 @@ from pathlib import Path
 
 # %% ../nbs/15_files.ipynb #place
 def place_for_file(
-    path, # a file that is to be written
+    path: str | Path, # a file that is to be written
     *inputs, # files that it must not replace
 ) -> Path: # where it will lie, links followed
     """Where a file can be written whole.
@@ -51,7 +51,7 @@ def _remove_stale(place):
 # %% ../nbs/15_files.ipynb #replacing
 @contextmanager
 def replacing(
-    path, # the file to write; its folder must exist
+    path: str | Path, # the file to write; its folder must exist
 ): # the path that the block is to write to
     """Write a file in one step: a failure leaves the old one, or none.
 
@@ -78,8 +78,8 @@ def _flush(path):  # to the disk
 
 # %% ../nbs/15_files.ipynb #write
 def write_file(
-    path, # the file to write; its folder must exist
-    data, # its content, bytes
+    path: str | Path, # the file to write; its folder must exist
+    data: bytes, # its content, bytes
 ):
     """Write bytes to a file in one step. Raises what `replacing` does."""
     with replacing(path) as part:

@@ -89,7 +89,7 @@ class Enlarge(nn.Module):
         super().__init__()
         self.size = size
 
-    def forward(self, images): # (b, c, h, w) → (b, c, size, size)
+    def forward(self, images: torch.Tensor): # (b, c, h, w) → (b, c, size, size)
         h, w = images.shape[-2:]
         if max(h, w) > self.size:
             raise ValueError(f"image size {h}×{w} must be at most {self.size}×{self.size}, "

@@ -6,10 +6,12 @@
 __all__ = ['bits_for_ratio', 'Outcome', 'compress']
 
 # %% ../nbs/13_compress.ipynb #imports
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from numbers import Integral
+from pathlib import Path
 
 import torch.nn as nn
 
@@ -27,8 +29,8 @@ def bits_for_ratio(
 ) -> float: # for `Regularizer(bits=…)`
     """The bits of all codes, by their entropy, and of all codebooks, at which the file has the wanted ratio."""
     entropy, file = (compression(shared, coding=coding) for coding in ("entropy", "file"))
-    spent = sum(row["index_bits"] + row["codebook_bits"] for row in entropy.lines)
-    least = sum(row["codebook_bits"] / row["k"] for row in entropy.lines if row["k"])  # one centre a layer
+    spent = sum(line["index_bits"] + line["codebook_bits"] for line in entropy.lines)
+    least = sum(line["codebook_bits"] / line["k"] for line in entropy.lines if line["k"])  # one centre a layer
     return max(least, spent + file.dense_bits / ratio - file.bits)
 
 # %% ../nbs/13_compress.ipynb #outcome
@@ -111,24 +113,24 @@ def _accuracy(model, loader, amp):  # None without a loader
 def compress(
     model: nn.Module, # a dense network; changed in place
     ratio: float, # wanted: bytes of the dense tensors over bytes of the file, above 1
-    loader=None, # iterable of (images, labels) to weigh the layers by and to train on; None: weights' energy weighs
+    loader: Iterable | None = None, # (images, labels) to weigh layers by and train on; None: weights' energy weighs
     epochs: int = 0, # passes of re-training over the loader; 0: the network is shared as it is
     *,
-    test_loader=None, # iterable of (images, labels) for the accuracy before and after; None: not measured
+    test_loader: Iterable | None = None, # (images, labels) for the accuracy before and after; None: not measured
     lr: float = 0.02, # learning rate at the start of re-training
     schedule: str = "cosine", # how it goes on, one of `retrain.SCHEDULES`
     momentum: float = 0.9, # of stochastic gradient descent
     weight_decay: float = 5e-4, # L2 penalty on all parameters
-    loss=classification_loss, # (output, labels) → a scalar
+    loss: Callable = classification_loss, # (output, labels) → a scalar
     distill: bool = False, # does the dense network teach, beside the labels?
     amp: bool = False, # compute in bfloat16 where that is safe?
-    checkpoint=None, # file to resume re-training from when it exists, and to write after each epoch
+    checkpoint: str | Path | None = None, # file to resume re-training from where it exists, written after each epoch
     first: int | float | None = None, # least clusters of the first layer: a k (int) or a rate (float), nothing pinned
     last: int | float | None = None, # likewise for the last
     layout: str = "row", # what a row is, one of `rows.LAYOUTS`
     sparsity: bool = True, # may rows be pinned at zero?
-    include=LAYERS, # module types that may be shared
-    exclude=(), # names or glob patterns of layers that stay dense
+    include: tuple[type, ...] = LAYERS, # module types that may be shared
+    exclude: str | tuple[str, ...] = (), # names or glob patterns of layers that stay dense
     images: int = 1024, # images that say how much each weight matters
     seed: int = 0, # seed of k-means, of the labels drawn and of dropout
     backend: str = "auto", # back end of the k-means
@@ -145,7 +147,8 @@ def compress(
     plan = allocate(model, ratio, loader, first=first, last=last, layout=layout, sparsity=sparsity,
                     include=include, exclude=exclude, images=images, **common)
     before = _accuracy(model, test_loader, amp)
-    history, codes = [], plan.codes
+    history = []
+    codes = plan.codes
     with _all_or_nothing(model):
         if epochs:
             training = dict(epochs=epochs, lr=lr, loss=loss, schedule=schedule, momentum=momentum, amp=amp,

@@ -105,7 +105,7 @@ class Plan(dict):
     clustered to make the plan: `share(model, plan, codes=plan.codes)` does not cluster them again.
     """
 
-    def __init__(self, layers=(), skipped=None):
+    def __init__(self, layers: dict | tuple = (), skipped: dict[str, str] | None = None):
         super().__init__(layers)
         self.skipped = dict(skipped or {})
         self.codes = {}

@@ -8,6 +8,7 @@ __all__ = ['Codes', 'SharedWeight', 'centroids', 'cluster', 'planned_layers', 'c
 
 # %% ../nbs/03_sharing.ipynb #imports
 from collections import defaultdict
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 
@@ -27,7 +28,7 @@ from .rows import from_rows, to_rows
 class Codes(nn.Module):
     """Codes (n,) and the counts (k,) of their clusters: in the state dict, moved with the network, no buffers."""
 
-    def __init__(self, codes, k):
+    def __init__(self, codes: torch.Tensor, k: int):
         super().__init__()
         self.codes = codes.to(torch.int32)
         self.counts = torch.bincount(codes, minlength=k)
@@ -82,13 +83,22 @@ class SharedWeight(Codes):
     the codebook to the means of the assigned rows under the present codes.
     """
 
-    def __init__(self, codes, k, shape, layout="row", pinned=False):
+    known = None  # a codebook (k, d) that stands for those means while it is attached
+
+    def __init__(
+        self,
+        codes: torch.Tensor, # (n,) integers below k
+        k: int, # number of clusters
+        shape: tuple, # of the weight
+        layout: str = "row", # what a row of the weight is, one of `rows.LAYOUTS`
+        pinned: bool = False, # is the first centre fixed at zero?
+    ):
         super().__init__(codes, k)
         self.shape = tuple(shape)
         self.layout = layout
         self.pinned = pinned
 
-    def forward(self, codebook):  # (k, d) -> weight
+    def forward(self, codebook: torch.Tensor):  # (k, d) -> weight
         # 16 bits cannot sum a cluster's gradients
         exact = codebook.to(torch.promote_types(codebook.dtype, torch.float32))
         centres = self.with_mean_gradients(exact)  # (k, d)
@@ -97,12 +107,32 @@ class SharedWeight(Codes):
         rows = F.embedding(self.codes.to(centres.device), centres)  # (n, d)
         return from_rows(rows.to(codebook.dtype), self.shape, self.layout)
 
-    def with_mean_gradients(self, codebook):  # (k, d) -> the same values; their gradients arrive divided by the counts
+    def with_mean_gradients(self, codebook: torch.Tensor):  # (k, d) -> the same; gradients arrive divided by the counts
         fixed = codebook.detach()
         return fixed + (codebook - fixed) / self.counts.to(codebook.device).clamp(min=1).unsqueeze(1)
 
-    def right_inverse(self, weight):  # weight -> (k, d)
+    def right_inverse(self, weight: torch.Tensor):  # weight -> (k, d)
+        if self.known is not None:
+            return self.known
         return centroids(to_rows(weight, self.layout), self.codes, len(self.counts), self.pinned)
+
+    @classmethod
+    def attach(
+        cls,
+        module: nn.Module, # a layer with a dense weight; changed in place
+        codebook: torch.Tensor, # (k, d), copied, in the number type of the weight
+        codes: torch.Tensor, # (n,) integers below k
+        layout: str = "row", # as above
+        pinned: bool = False,
+        unsafe: bool = False, # leave out the trial that computes the weight once?
+    ):
+        """Put codebook[codes] in the place of a layer's weight, just as they are."""
+        device = module.weight.device
+        shared = cls(codes, len(codebook), module.weight.shape, layout, pinned).to(device)
+        shared.known = codebook.detach().to(device, copy=True)
+        parametrize.register_parametrization(module, "weight", shared, unsafe=unsafe)
+        shared.known = None
+        module.parametrizations.weight.original.grad = None  # what there is has the shape of the weight
 
 # %% ../nbs/03_sharing.ipynb #centroids
 def centroids(
@@ -247,7 +277,7 @@ def _seed_of_each(layers, seed):  # {layer name: seed}, drawn before the threads
 
 # %% ../nbs/03_sharing.ipynb #side-by-side
 def side_by_side(
-    call, # (layer name, weight) → a result
+    call: Callable, # (layer name, weight) → a result
     weights: dict[str, torch.Tensor], # {layer name: weight}
     what: str = "", # text of the progress bar
     progress: bool = False, # show it?
@@ -384,11 +414,8 @@ def share_layer(
     kind: type = SharedWeight, # the parametrization, this class or a subclass
 ):
     """Put a codebook and codes in the place of one layer's weight."""
-    shared = kind(clustering.codes, len(clustering.codebook), module.weight.shape, plan.layout, plan.pinned)
-    parametrize.register_parametrization(module, "weight", shared)
-    with torch.no_grad():
-        module.parametrizations.weight.original.copy_(clustering.codebook)
-    module.parametrizations.weight.original.grad = None  # what there is has the shape of the weight
+    codebook = clustering.codebook.to(module.weight.dtype)
+    kind.attach(module, codebook, clustering.codes, plan.layout, plan.pinned)
 
 # %% ../nbs/03_sharing.ipynb #state-of
 def _state_of(module):

@@ -334,11 +334,11 @@ def test_a_table_is_drawn_from_the_committed_records_alone(root, tmp_path):
 
 
 def test_again_leaves_the_committed_records_out(root, tmp_path):
-    rows = [tables.Row("WR", 45, "retrain", dict(model="lenet5"), "wr")]
+    lines = [tables.Line("WR", 45, "retrain", dict(model="lenet5"), "wr")]
     given = dict(protocol="cpu", execute=False, save=False, again=False, seeds=1, out=str(tmp_path), root=str(root))
     files = dict(records="table3_wide_resnet_{protocol}.jsonl")
-    assert tables.Table(3, files, rows, given).known == [root / "figures" / "table3_wide_resnet_cpu.jsonl"]
-    assert tables.Table(3, files, rows, given | dict(again=True)).known == []
+    assert tables.Table(3, files, lines, given).known == [root / "figures" / "table3_wide_resnet_cpu.jsonl"]
+    assert tables.Table(3, files, lines, given | dict(again=True)).known == []
 
 
 def _painted(folder, colour):
@@ -417,8 +417,8 @@ def test_a_record_may_name_anything_as_its_checkpoint(checkpoint, tmp_path):
 
 
 def test_repeated_runs_start_from_one_baseline_and_differ_afterwards(root, tmp_path):
-    row = tables.Row("Deep k-Means", 8, "retrain", FEW, "shared", repeated="repeat")
-    runs = suite.run(root / "nbs" / "retrain.ipynb", [row.run(i) for i in range(2)], out=tmp_path, progress=False)
+    line = tables.Line("Deep k-Means", 8, "retrain", FEW, "shared", repeated="repeat")
+    runs = suite.run(root / "nbs" / "retrain.ipynb", [line.run(i) for i in range(2)], out=tmp_path, progress=False)
     assert runs["stages.baseline.loss"].nunique() == 1 and runs["stages.shared.loss"].nunique() == 2
     assert len(list((tmp_path / "baselines").glob("*.safetensors"))) == 1
-    assert row._replace(repeated="seed").run(1)["seed"] == 1
+    assert line._replace(repeated="seed").run(1)["seed"] == 1

@@ -7,6 +7,7 @@ __all__ = ['remove_filters', 'Reduction', 'reductions', 'Removal', 'greedy', 'Po
 
 # %% ../../nbs/20_car.ipynb #imports
 import copy
+from collections.abc import Iterable
 from itertools import islice
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ def remove_filters(
     model: nn.Module, # the network; changed in place
     layer: str, # name of a convolution
     consumers: list, # names of all that take its channels: convolutions, normalisation, linear layers after flattening
-    filters, # indexes of the filters to take out
+    filters: list[int], # indexes of the filters to take out
 ):
     """Take filters out of a convolution, and their channels out of what consumes them. Returns the network.
 
@@ -100,13 +101,14 @@ class Reduction(NamedTuple):
 def reductions(
     model: nn.Module, # a classifier
     layer: str, # name of a convolution
-    consumers, # names of the modules that take its channels, as for `remove_filters`
-    loader, # iterable of (images, labels): what the index is computed on
+    consumers: list[str], # names of the modules that take its channels, as for `remove_filters`
+    loader: Iterable, # iterable of (images, labels): what the index is computed on
     *,
     amp: bool = False, # compute in bfloat16 where that is safe?
 ) -> list: # a Reduction for each filter
     """CAR of each filter of a layer: Acc − Acc without it, and the same for the loss (arXiv 1705.07356)."""
-    whole, found = evaluate(model, loader, amp=amp), []
+    whole = evaluate(model, loader, amp=amp)
+    found = []
     for i in range(_filters(model.get_submodule(layer), layer)):
         part = evaluate(remove_filters(copy.deepcopy(model), layer, consumers, [i]), loader, amp=amp)
         found.append(Reduction(whole.top1 - part.top1, part.loss - whole.loss))
@@ -126,8 +128,8 @@ class Removal(NamedTuple):
 def greedy(
     model: nn.Module, # a classifier; changed in place, step by step
     layer: str, # name of a convolution
-    consumers, # names of the modules that take its channels, as for `remove_filters`
-    loader, # what the index is computed on
+    consumers: list[str], # names of the modules that take its channels, as for `remove_filters`
+    loader: Iterable, # what the index is computed on
     *,
     amp: bool = False, # compute in bfloat16 where that is safe?
 ): # yields a Removal after each removed filter, down to one filter
@@ -147,7 +149,7 @@ class Portion:
 
     def __init__(
         self,
-        loader, # a `Loader` that shuffles
+        loader: Iterable, # a `Loader` that shuffles
         share: float, # of an epoch, above 0 and at most 1
         first: int = 0, # the epoch to begin with
     ):
@@ -161,7 +163,7 @@ class Portion:
     def __len__(self):
         return self.batches
 
-    def set_epoch(self, epoch):
+    def set_epoch(self, epoch: int):
         self.epoch = epoch
 
     def __iter__(self):

@@ -26,7 +26,7 @@ EPS = 1e-12
 def attention(
     rows: torch.Tensor, # (n, d)
     codebook: torch.Tensor, # (k, d)
-    tau, # temperature, in the square of the unit of the weights
+    tau: float | torch.Tensor, # temperature, in the square of the unit of the weights
 ) -> torch.Tensor: # (n, k), each row sums to 1
     """softmax(−‖row − centre‖²/τ) over the centres (Cho et al. 2022)."""
     scale = tau ** -0.5
@@ -54,7 +54,7 @@ def _again(f, *args):  # forgotten, and computed once more in the backward pass
 def soft_assign(
     rows: torch.Tensor, # (n, d)
     codebook: torch.Tensor, # (k, d) to start from
-    tau, # temperature
+    tau: float | torch.Tensor, # temperature
     *,
     iterations: int = 5, # at most so many
     tol: float = 1e-4, # end when no centre moves by more
@@ -80,7 +80,7 @@ class SoftWeight(nn.Module):
 
     def __init__(
         self,
-        weight, # of the layer
+        weight: torch.Tensor, # of the layer
         plan: dict, # its LayerPlan
         temperature: float = 0.5, # τ in units of the mean squared distance of a row to its centre after k-means
         iterations: int = 5, # of the fixed point, at most
@@ -96,7 +96,7 @@ class SoftWeight(nn.Module):
         self.plan = plan
         self.fixed_point = dict(iterations=iterations, tol=tol)
 
-    def forward(self, weight):
+    def forward(self, weight: torch.Tensor):
         rows = to_rows(weight, self.plan.layout)  # (n, d)
         if self.training:
             rows = self._mixed(rows)
@@ -191,7 +191,7 @@ def dkm_plan(
 class SummedWeight(SharedWeight):
     """A `SharedWeight` whose codebook receives the sum of its rows' gradients, not their mean (Han et al. 2016)."""
 
-    def forward(self, codebook):  # (k, d) -> weight
+    def forward(self, codebook: torch.Tensor):  # (k, d) -> weight
         centred = codebook - codebook.detach()  # zero, but for its gradient
         return super().forward(codebook.detach() + centred * self.counts.clamp(min=1).unsqueeze(1))
 
@@ -222,7 +222,8 @@ def deep_compression(
     """
     if wrong := [name for name, p in plan.items() if p.layout != "scalar"]:
         raise ValueError(f"layout={plan[wrong[0]].layout!r} of layer {wrong[0]!r} must be 'scalar'")
-    layers, report = planned_layers(model, plan), SharingReport([])
+    layers = planned_layers(model, plan)
+    report = SharingReport([])
     found = {name: _from_grid(module.weight, plan[name]) for name, module in layers.items()}
     for name, module in layers.items():
         report.lines.append(_describe(name, module.weight, plan[name], found[name]))

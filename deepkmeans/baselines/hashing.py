@@ -39,12 +39,13 @@ def _index_and_sign(n, seed):  # two independent hashes of each position
 
 # %% ../../nbs/23_hashing.ipynb #apportion
 def apportion(
-    budget, # whole number, at least one for each part and at most their sizes together
-    weights, # (parts,) shares, above 0
-    sizes, # (parts,) the most that each part can take
+    budget: int, # whole number, at least one for each part and at most their sizes together
+    weights: np.ndarray, # (parts,) shares, above 0
+    sizes: np.ndarray, # (parts,) the most that each part can take
 ) -> np.ndarray: # (parts,) whole numbers, from 1 to the size, whose sum is the budget
     """Largest remainders under bounds. Raises `ValueError` for a budget that cannot be dealt out."""
-    weights, sizes = np.asarray(weights, dtype=float), np.asarray(sizes)
+    weights = np.asarray(weights, dtype=float)
+    sizes = np.asarray(sizes)
     if not len(sizes) <= budget <= sizes.sum():
         raise ValueError(f"budget={budget} must be from {len(sizes)}, one for each part, to {sizes.sum()}")
     ideal = _ideal(budget, weights, sizes)
@@ -56,7 +57,8 @@ def apportion(
 
 # %% ../../nbs/23_hashing.ipynb #ideal
 def _ideal(budget, weights, sizes):  # (parts,) shares under the bounds, together at most the budget
-    low, high = 0.0, sizes.sum() / weights.min()
+    low = 0.0
+    high = sizes.sum() / weights.min()
     for _ in range(200):
         middle = (low + high) / 2
         if np.clip(middle * weights, 1, sizes).sum() <= budget:
@@ -82,7 +84,8 @@ class HashedWeight(nn.Module):
         super().__init__()
         if not 1 <= buckets <= prod(shape):
             raise ValueError(f"buckets={buckets} must be from 1 to the number of weights, {prod(shape)}")
-        self.shape, self.buckets = tuple(shape), int(buckets)
+        self.shape = tuple(shape)
+        self.buckets = int(buckets)
         drawn, sign = _index_and_sign(prod(shape), seed)
         index = torch.from_numpy(self._deal(drawn).astype(np.int32))
         self.register_buffer("index", index, persistent=False)  # (n,)
@@ -91,10 +94,10 @@ class HashedWeight(nn.Module):
     def _deal(self, drawn):
         return drawn % np.uint64(self.buckets)
 
-    def forward(self, buckets):  # (K,) -> weight
+    def forward(self, buckets: torch.Tensor):  # (K,) -> weight
         return (buckets.index_select(0, self.index) * self.sign).view(self.shape)
 
-    def right_inverse(self, weight):  # weight -> (K,)
+    def right_inverse(self, weight: torch.Tensor):  # weight -> (K,)
         total = weight.new_zeros(self.buckets).index_add(0, self.index, weight.flatten() * self.sign)
         return total / torch.bincount(self.index, minlength=self.buckets).clamp(min=1)
 
@@ -123,28 +126,29 @@ def beta_curve(
 class FrequencyWeight(HashedWeight):
     """A `HashedWeight` of the two-dimensional DCT of each kernel, band by band (Chen et al. 2016)."""
 
-    def __init__(self, shape, buckets, seed=0, alpha=1.0, beta=2.0):
+    def __init__(self, shape: tuple, buckets: int, seed: int = 0, alpha: float = 1.0, beta: float = 2.0):
         h, w = shape[-2:]
         bands = np.add.outer(np.arange(h), np.arange(w)).ravel()  # (h·w,)
-        filters, sizes = prod(shape[:-2]), np.bincount(bands)
+        filters = prod(shape[:-2])
+        sizes = np.bincount(bands)
         shares = beta_curve(len(sizes), alpha, beta) * sizes
         self.band_buckets = apportion(buckets, shares, filters * sizes)  # (bands,)
         self._bands = np.tile(bands, filters)  # (n,)
         super().__init__(shape, buckets, seed)
-        self.register_buffer("rows", cosine(h).float(), persistent=False)
-        self.register_buffer("columns", cosine(w).float(), persistent=False)
+        self.register_buffer("down", cosine(h).float(), persistent=False)
+        self.register_buffer("across", cosine(w).float(), persistent=False)
 
     def _deal(self, drawn):
         start = np.cumsum(self.band_buckets) - self.band_buckets
         within = drawn % self.band_buckets.astype(np.uint64)[self._bands]
         return start[self._bands] + within.astype(int)
 
-    def forward(self, buckets):  # (K,) -> weight
+    def forward(self, buckets: torch.Tensor):  # (K,) -> weight
         with torch.autocast(buckets.device.type, enabled=False):  # in float32; the convolution rounds once
-            return self.rows.T @ super().forward(buckets) @ self.columns
+            return self.down.T @ super().forward(buckets) @ self.across
 
-    def right_inverse(self, weight):  # weight -> (K,)
-        return super().right_inverse(self.rows @ weight @ self.columns.T)
+    def right_inverse(self, weight: torch.Tensor):  # weight -> (K,)
+        return super().right_inverse(self.down @ weight @ self.across.T)
 
 # %% ../../nbs/23_hashing.ipynb #hashed-net
 def hashed_net(
@@ -152,8 +156,8 @@ def hashed_net(
     ratio: float, # numbers of the layers over what they hold afterwards, biases included on both sides
     *,
     scratch: bool = True, # random buckets, of the mean square of the weight? else those nearest to the weight
-    include=(*CONVOLUTIONS, nn.Linear), # module types that are hashed
-    exclude=(), # names or glob patterns of layers to leave dense
+    include: tuple[type, ...] = (*CONVOLUTIONS, nn.Linear), # module types that are hashed
+    exclude: str | tuple[str, ...] = (), # names or glob patterns of layers to leave dense
     seed: int = 0, # of hashes and buckets
 ) -> FactorReport:
     """Hash the weights of each layer into its share of the budget (Chen et al. 2015).
@@ -173,8 +177,8 @@ def fresh_net(
     alpha: float = 1.0, # α of the budget along the bands
     beta: float = 2.0, # β
     scratch: bool = True, # random buckets, of the mean square of the weight? else those nearest to the weight
-    include=(*CONVOLUTIONS, nn.Linear), # module types that are hashed
-    exclude=(), # names or glob patterns of layers to leave dense
+    include: tuple[type, ...] = (*CONVOLUTIONS, nn.Linear), # module types that are hashed
+    exclude: str | tuple[str, ...] = (), # names or glob patterns of layers to leave dense
     seed: int = 0, # of hashes and buckets
 ) -> FactorReport:
     """Hash the frequencies of each two-dimensional convolution, and the weights of other layers (Chen et al. 2016).
@@ -195,7 +199,8 @@ def _hash_layers(model, ratio, scratch, include, exclude, seed, make):  # make(l
     layers = planned_layers(model, layers_of(model, include, exclude))
     budgets = _budgets(layers.values(), ratio)
     hashed = [make(layer, layer.weight.shape, budgets[i], seed + i) for i, layer in enumerate(layers.values())]
-    report, generator = FactorReport([], _others(model, layers)), torch.Generator().manual_seed(seed)
+    report = FactorReport([], _others(model, layers))
+    generator = torch.Generator().manual_seed(seed)
     for (name, layer), weight in zip(layers.items(), hashed):
         before = layer.weight.detach().clone()
         parametrize.register_parametrization(layer, "weight", weight.to(before.device))

@@ -34,7 +34,7 @@ class FactorReport(Report):
         skipped = "".join(f"\nnot factored: {name} ({reason})" for name, reason in self.skipped.items())
         return (as_text(self.layers) if self.lines else "no layer was factored") + skipped
 
-# %% ../../nbs/24_lowrank.ipynb #row
+# %% ../../nbs/24_lowrank.ipynb #factor-line
 def _factor_line(name, weight, ranks, factors, error):
     shape = "×".join(map(str, weight.shape))
     return dict(layer=name, shape=shape, ranks=tuple(ranks), weights=weight.numel(), factors=factors, error=error)
@@ -67,10 +67,10 @@ class RandomDictionary(nn.Module):
         self.register_buffer("dictionary", dictionary, persistent=False)
         self.shape = tuple(shape)
 
-    def forward(self, coefficients):  # (m, r) -> weight
+    def forward(self, coefficients: torch.Tensor):  # (m, r) -> weight
         return (coefficients @ self.dictionary).view(self.shape)
 
-    def right_inverse(self, weight):  # weight -> (m, r), its projection at its norm
+    def right_inverse(self, weight: torch.Tensor):  # weight -> (m, r), its projection at its norm
         coefficients = weight.flatten(1) @ self.dictionary.T
         return coefficients * (weight.norm() / coefficients.norm().clamp(min=1e-30))
 
@@ -79,8 +79,8 @@ def random_dictionary(
     model: nn.Module, # the network; changed in place
     ratio: float, # weights of a layer over its coefficients, at least 1
     *,
-    include=CONVOLUTIONS, # module types that are factored
-    exclude=(), # names or glob patterns of layers to leave dense
+    include: tuple[type, ...] = CONVOLUTIONS, # module types that are factored
+    exclude: str | tuple[str, ...] = (), # names or glob patterns of layers to leave dense
     seed: int = 0, # the dictionary of the i-th layer has seed + i
 ) -> FactorReport:
     """Write each layer as learned coefficients times a fixed random dictionary (Denil et al. 2013).
@@ -151,7 +151,7 @@ def _noise_bounds(squares, M, alpha, least):  # between which the variance lies
 
 # %% ../../nbs/24_lowrank.ipynb #evbmf
 def evbmf(
-    matrix, # (rows, columns)
+    matrix: torch.Tensor | np.ndarray, # (rows, columns)
 ) -> VBMF: # rank, variance, values
     """The global analytic solution of empirical variational Bayesian matrix factorisation with unknown noise.
 
@@ -225,7 +225,7 @@ def _tucker_layers(conv, core, sides):  # sides: {0: (T, R₄), 1: (S, R₃)}, o
 
 # %% ../../nbs/24_lowrank.ipynb #bayesian-ranks
 def bayesian_ranks(
-    conv, # a Conv2d
+    conv: nn.Conv2d, # a Conv2d
 ) -> tuple: # (R₃, R₄), each at least 1
     """The Tucker-2 ranks of a convolution by `evbmf` of its unfoldings along input and output (Kim et al. 2016)."""
     weight = conv.weight.detach()
@@ -234,9 +234,9 @@ def bayesian_ranks(
 # %% ../../nbs/24_lowrank.ipynb #tucker
 def tucker(
     model: nn.Module, # the network; changed in place
-    ranks=None, # {layer name: (R₃, R₄)}, taken as they are; None: `bayesian_ranks` of every layer
+    ranks: dict[str, tuple[int, int]] | None = None, # (R₃, R₄) by layer name, as they are; None: `bayesian_ranks`
     *,
-    exclude=(), # names or glob patterns of layers to leave dense
+    exclude: str | tuple[str, ...] = (), # names or glob patterns of layers to leave dense
 ) -> FactorReport:
     """Each k×k convolution becomes 1×1, k×k and 1×1 convolutions (Tucker-2 of Kim et al. 2016, without fine-tuning).
 
@@ -323,10 +323,12 @@ def _ranks_of_ratio(svds, convs, other, ratio):  # those of the largest share wh
         ranks = _ranks_of_energy(svds, energy)
         return other + sum(min(sizes[name], K * _cost(convs[name])) for name, K in ranks.items())
 
-    dense, least = other + sum(sizes.values()), numbers(0.0)
+    dense = other + sum(sizes.values())
+    least = numbers(0.0)
     if least > dense / ratio:
         raise ValueError(f"ratio={ratio} must be at most {dense / least:.4g}, which rank 1 everywhere reaches")
-    low, high = 0.0, 1.0
+    low = 0.0
+    high = 1.0
     for _ in range(50):
         middle = (low + high) / 2
         if numbers(middle) <= dense / ratio:
@@ -341,8 +343,8 @@ def separable(
     *,
     energy: float | None = None, # share of Σσ² that every layer keeps, above 0 and at most 1
     ratio: float | None = None, # or the numbers of the network over what it holds afterwards, without normalisation
-    ranks=None, # or {layer name: K}, taken as they are
-    exclude=(), # names or glob patterns of layers to leave dense
+    ranks: dict[str, int] | None = None, # or {layer name: K}, taken as they are
+    exclude: str | tuple[str, ...] = (), # names or glob patterns of layers to leave dense
 ) -> FactorReport:
     """Each convolution becomes k×1 and 1×k convolutions, the best of their rank (Tai et al. 2016, without fine-tuning).
 
@@ -362,10 +364,12 @@ def separable(
     def factor(name, conv):
         if name not in chosen:
             return "no rank given"
-        K, S = chosen[name], svds[name].S
+        K = chosen[name]
+        S = svds[name].S
         if not 1 <= K <= len(S):
             raise ValueError(f"rank of {name!r} is {K}; it must be from 1 to {len(S)}")
-        size, dense = K * _cost(conv), conv.weight.numel()
+        size = K * _cost(conv)
+        dense = conv.weight.numel()
         if size >= dense and ranks is None:
             return f"no smaller: {size:,} weights of factors for {dense:,}"
         error = float(S[K:].square().sum() / S.square().sum().clamp(min=1e-300))

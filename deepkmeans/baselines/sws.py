@@ -6,6 +6,7 @@
 __all__ = ['PIECE', 'RATES', 'Mixture', 'prior_weights', 'train_soft', 'merged', 'quantise', 'sparse_bits', 'soft_bits']
 
 # %% ../../nbs/21_sws.ipynb #imports
+from collections.abc import Iterable
 from math import log, pi
 
 import torch
@@ -32,8 +33,8 @@ class Mixture(nn.Module):
         pi_zero: float = 0.99, # proportion of component 0
         span: float = 0.6, # the free means begin evenly spaced from −span to span
         sigma: float = 0.25, # standard deviation that all begin with
-        gamma_zero=(5e3, 2.0), # α and β of the Gamma hyper-prior on the precision of component 0
-        gamma=(250.0, 0.1), # and of the others
+        gamma_zero: tuple[float, float] = (5e3, 2.0), # α and β of the Gamma hyper-prior on the precision of component 0
+        gamma: tuple[float, float] = (250.0, 0.1), # and of the others
     ):
         super().__init__()
         if components < 1:
@@ -86,7 +87,7 @@ def prior_weights(
 # %% ../../nbs/21_sws.ipynb #train-soft
 def train_soft(
     model: nn.Module, # a trained classifier; changed in place
-    loader, # iterable of (images, labels) with a length
+    loader: Iterable, # iterable of (images, labels) with a length
     mixture: Mixture, # a `Mixture`; changed in place
     *,
     epochs: int, # passes over the loader
@@ -98,12 +99,14 @@ def train_soft(
     progress: bool = True, # show a progress bar?
 ) -> list: # one dict an epoch: loss and complexity, means over the epoch
     """Re-train weights and mixture together under the loss E + τ/N·complexity (Ullrich et al. 2017)."""
-    weights, history = prior_weights(model), []
+    weights = prior_weights(model)
+    history = []
     optimizer = _adam(model, mixture, lr, speed)
     model.train()
     with tqdm(total=epochs * len(loader), disable=not progress) as bar:
         for epoch in range(epochs):
-            loader.epoch, sums = epoch, torch.zeros(2)
+            loader.epoch = epoch
+            sums = torch.zeros(2)
             for x, y in loader:
                 with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
                     loss = F.cross_entropy(model(x), y)
@@ -146,7 +149,8 @@ def _divergences(mean, var):  # (c, c): KL(j‖k), infinite on the diagonal
 
 # %% ../../nbs/21_sws.ipynb #joined
 def _joined(mix, mean, var, j, k):  # component k becomes part of j, where j < k
-    both, keep = [j, k], torch.arange(len(mix)) != k
+    both = [j, k]
+    keep = torch.arange(len(mix)) != k
     share = mix[both] / mix[both].sum()
     if j > 0:  # component 0 keeps the mean 0
         mean[j] = share @ mean[both]
@@ -172,7 +176,7 @@ def quantise(
 
 # %% ../../nbs/21_sws.ipynb #sparse-bits
 def sparse_bits(
-    codes, # (n,) codes of a layer; 0: the weight is zero
+    codes: torch.Tensor, # (n,) codes of a layer; 0: the weight is zero
     width: int = 5, # b: a distance is from 1 to 2^b
 ) -> float: # bits of both streams
     """Bits of the codes that are not zero and of their distances, Huffman coded (Han et al. 2016, sections 2 and 4)."""
@@ -189,7 +193,7 @@ def sparse_bits(
 # %% ../../nbs/21_sws.ipynb #soft-bits
 def soft_bits(
     model: nn.Module, # the quantised network
-    codes, # as `quantise` gives them
+    codes: list[torch.Tensor], # as `quantise` gives them
 ) -> float: # bits
     """The size of a network under soft weight-sharing.
 

@@ -41,16 +41,20 @@ def _primes(n):  # the prime factors, largest first
 
 # %% ../../nbs/22_tensor_train.ipynb #ttweight
 class TTWeight(nn.Module):
-    """The parametrization weight = product of TT cores, the k-th of shape (r_{k−1}, n_k, r_k) (Garipov et al. 2016).
+    """The parametrization weight = product of TT cores, the k-th of shape (r_{k−1}, n_k, r_k) (Garipov et al. 2016)."""
 
-    `groups` holds for each core the sizes of the axes that it carries, `order` the permutation that brings all axes to
-    (s…, c…, x, y).
-    """
-
-    def __init__(self, shape, groups, order, ranks):
+    def __init__(
+        self,
+        shape: tuple[int, ...], # of the weight
+        groups: list[tuple[int, ...]], # for each core the sizes of the axes that it carries
+        order: list[int], # the permutation that brings all axes to (s…, c…, x, y)
+        ranks: tuple[int, ...], # r_0, …
+    ):
         super().__init__()
-        self.shape, self.ranks = tuple(shape), tuple(ranks)
-        self.groups, self.order = groups, order
+        self.shape = tuple(shape)
+        self.ranks = tuple(ranks)
+        self.groups = groups
+        self.order = order
         self.axes = [size for group in groups for size in group]
 
     def forward(self, *cores):  # -> weight
@@ -58,7 +62,7 @@ class TTWeight(nn.Module):
             train = reduce(lambda left, core: torch.tensordot(left, core, 1), cores)  # (1, n_0, …, n_d, 1)
         return train.reshape(self.axes).permute(self.order).reshape(self.shape)
 
-    def right_inverse(self, weight):  # weight -> cores
+    def right_inverse(self, weight: torch.Tensor):  # weight -> cores
         tensor = weight.detach().cpu().double().reshape([self.axes[i] for i in self.order])
         back = sorted(range(len(self.axes)), key=self.order.__getitem__)
         grouped = tensor.permute(back).reshape([prod(group) for group in self.groups])  # (n_0, …, n_d)
@@ -88,7 +92,8 @@ def _padded(core, size):  # a rank above what the tensor has is filled with zero
 # %% ../../nbs/22_tensor_train.ipynb #matrix-train
 def _matrix_train(shape, ranks):  # cores (x, y), (c_1, s_1), …
     S, C, *kernel = shape
-    d, k = len(ranks), len(kernel)
+    d = len(ranks)
+    k = len(kernel)
     pairs = list(zip(split(C, d), split(S, d)))
     order = [*range(k + 1, k + 2 * d, 2), *range(k, k + 2 * d, 2), *range(k)]
     return TTWeight(shape, [tuple(kernel), *pairs], order, ranks)
@@ -104,7 +109,8 @@ def _naive_train(shape, ranks):  # cores x, y, c, s
 
 # %% ../../nbs/22_tensor_train.ipynb #init
 def _draw_cores(parametrization, v, like, generator):  # cores whose product has variance v
-    sizes, drawn = parametrization.sizes(), []
+    sizes = parametrization.sizes()
+    drawn = []
     for size in sizes:
         deviation = (v ** (1 / len(sizes)) / size[2]) ** 0.5
         drawn.append(torch.randn(size, generator=generator).mul_(deviation).to(like))
@@ -113,12 +119,12 @@ def _draw_cores(parametrization, v, like, generator):  # cores whose product has
 # %% ../../nbs/22_tensor_train.ipynb #tensorize
 def tensorize(
     model: nn.Module, # the network; changed in place
-    ranks, # (r_0, …) for every layer, or {layer name: (r_0, …)}
+    ranks: tuple | dict[str, tuple], # (r_0, …) for every layer, or {layer name: (r_0, …)}
     *,
     naive: bool = False, # a core for each axis of the kernel? else the channels are split, a part for each rank
     scratch: bool = True, # random cores, of a kernel with the mean square of the weight? else the TT-SVD of the weight
-    include=CONVOLUTIONS, # module types that are tensorized
-    exclude=(), # names or glob patterns of layers to leave dense
+    include: tuple[type, ...] = CONVOLUTIONS, # module types that are tensorized
+    exclude: str | tuple[str, ...] = (), # names or glob patterns of layers to leave dense
     seed: int = 0, # of the random cores
 ) -> FactorReport:
     """Write each kernel as a tensor train (Garipov et al. 2016).
@@ -127,9 +133,11 @@ def tensorize(
     under 1, of a wrong number, or of an unknown layer; the network is then unchanged.
     """
     layers = planned_layers(model, layers_of(model, include, exclude))
-    each, given = _ranks_by_layer(ranks, layers), isinstance(ranks, dict)
+    each = _ranks_by_layer(ranks, layers)
+    given = isinstance(ranks, dict)
     trains = {name: _train(name, layers[name].weight.shape, each[name], naive) for name in layers if name in each}
-    report, generator = FactorReport([], _others(model, layers)), torch.Generator().manual_seed(seed)
+    report = FactorReport([], _others(model, layers))
+    generator = torch.Generator().manual_seed(seed)
     for name, layer in layers.items():
         weight = layer.weight.detach()
         if name not in trains:

@@ -93,7 +93,8 @@ def stages_figure(
 # %% ../../nbs/33_figures.ipynb #stage-bars
 def _stage_bars(ax, stages, key, label, form):
     values = [numbers[key] for numbers in stages.values()]
-    names, colors = [STAGES[stage] for stage in stages], [stage_color(stage) for stage in stages]
+    names = [STAGES[stage] for stage in stages]
+    colors = [stage_color(stage) for stage in stages]
     bars = ax.barh(names, values, color=colors, height=0.7)
     ax.bar_label(bars, [form.format(value) for value in values], padding=4)
     ax.set(xlabel=label, xlim=(0, 1.18 * max(values)))
@@ -107,7 +108,8 @@ def rows_figure(
 ):
     """Rows before and after re-training above their codebook, along the two principal axes of the rows before."""
     plt = use_style()
-    mean, axes = before.mean(0), _principal_axes(before)
+    mean = before.mean(0)
+    axes = _principal_axes(before)
     size = min(70, 7000 / len(codebook))  # of a cross
     fig, panels = plt.subplots(1, 2, figsize=(10, 4.4), sharex=True, sharey=True, layout="constrained")
     for ax, rows, title in zip(panels, (before, after), ("baseline", "re-trained")):
@@ -145,11 +147,11 @@ def history_figure(
 ):
     """A panel for each that re-training tells of an epoch: its loss; how many rows moved, or distortion and penalty."""
     plt = use_style()
-    shown = [key for key in HISTORY if any((row.get(key) or 0) > 1e-9 for row in history)]
+    shown = [key for key in HISTORY if any((epoch.get(key) or 0) > 1e-9 for epoch in history)]
     fig, panels = plt.subplots(1, len(shown), figsize=(5 * len(shown), 3.2), layout="constrained", squeeze=False)
-    epochs = [row["epoch"] for row in history]
+    epochs = [epoch["epoch"] for epoch in history]
     for ax, key in zip(panels[0], shown):
-        values = [row.get(key) or 0.0 for row in history]
+        values = [epoch.get(key) or 0.0 for epoch in history]
         draw = _over_decades if key in ("distortion", "penalty") else _straight
         draw(ax, epochs, values)
         ax.set(xlabel="epoch of re-training", ylabel=HISTORY[key])
@@ -255,7 +257,8 @@ def disk_ratio(
 
 # %% ../../nbs/33_figures.ipynb #arrows
 def _arrows(ax, points, floor):  # points: (x, value, colour), all below the floor
-    height, before = 0, None
+    height = 0
+    before = None
     for x, value, color in sorted(set(points)):
         near = before is not None and abs(_place(ax, x) - _place(ax, before)) < 0.07
         height = height + 12 if near else 0

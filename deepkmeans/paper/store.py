@@ -6,7 +6,7 @@
 __all__ = ['PLACES', 'NETWORKS', 'PROTOCOLS', 'UserError', 'user_errors', 'given_parameters', 'run_id', 'baseline_file',
            'environment', 'save_record', 'read_records', 'pack_records', 'keep_records', 'notebook_parameters',
            'complete_parameters', 'lookup', 'collect', 'paper_numbers', 'repository', 'check_protocol', 'budget',
-           'figure_path']
+           'figure_path', 'places']
 
 # %% ../../nbs/30_store.ipynb #imports
 import hashlib
@@ -46,7 +46,7 @@ def user_errors():
 
 # %% ../../nbs/30_store.ipynb #parameters
 def given_parameters(
-    namespace, # `globals()` of a notebook right after its parameters
+    namespace: dict, # `globals()` of a notebook right after its parameters
 ) -> dict: # {name: value}
     """The annotated parameters of a notebook with their values.
 
@@ -95,8 +95,8 @@ PLACES = ("data_root", "out", "progress", "protocol")  # parameters that say whe
 
 
 def run_id(
-    parameters, # {name: plain value}
-    fingerprint="", # of the data set, which a name or a path alone does not tell
+    parameters: dict, # {name: plain value}
+    fingerprint: str = "", # of the data set, which a name or a path alone does not tell
 ) -> str: # 12 hexadecimal digits
     """The identity of a run: a hash of its parameters but for PLACES, and of its data.
 
@@ -133,9 +133,9 @@ NETWORKS = Path(str(files("deepkmeans"))).parent / "figures" / "networks"  # tra
 
 
 def baseline_file(
-    out, # the store
-    parameters, # of a run
-    fingerprint, # of its data set
+    out: str | Path, # the store
+    parameters: dict, # of a run
+    fingerprint: str, # of its data set
 ) -> Path: # out/baselines/<id>.safetensors
     """Where the baseline of a run is kept, trained once for all runs that start from it.
 
@@ -151,7 +151,7 @@ def baseline_file(
 
 # %% ../../nbs/30_store.ipynb #environment
 def environment(
-    device, # the torch.device of the run
+    device: str | torch.device, # the torch.device of the run
 ) -> dict: # device, threads, versions, commit
     """What a result may depend on beside its parameters."""
     kind = torch.device(device).type
@@ -179,8 +179,8 @@ def _commit():
 
 # %% ../../nbs/30_store.ipynb #store
 def save_record(
-    folder, # of this run; made when missing
-    record, # plain data
+    folder: str | Path, # of this run; made when missing
+    record: dict, # plain data
 ):
     """Write `folder/record.json`, whole or not at all."""
     folder = Path(folder)
@@ -190,7 +190,7 @@ def save_record(
 
 # %% ../../nbs/30_store.ipynb #read-records
 def read_records(
-    store, # folder of runs, or a file of records in JSON lines
+    store: str | Path, # folder of runs, or a file of records in JSON lines
 ) -> list: # records
     """The records of all finished runs, in the order of their identities.
 
@@ -219,8 +219,8 @@ def _record(text, where):  # None where the text is no record
 
 # %% ../../nbs/30_store.ipynb #pack-records
 def pack_records(
-    records, # as `read_records` gives them
-    path, # file to write
+    records: list[dict], # as `read_records` gives them
+    path: str | Path, # file to write
 ):
     """Write records as JSON lines, one a run: what is committed beside a table."""
     lines = [json.dumps(record, sort_keys=True) + "\n" for record in records]
@@ -228,8 +228,8 @@ def pack_records(
 
 # %% ../../nbs/30_store.ipynb #keep-records
 def keep_records(
-    records, # with their ids
-    path, # file of records in JSON lines; made when missing
+    records: list[dict], # with their ids
+    path: str | Path, # file of records in JSON lines; made when missing
 ):
     """Put records into a file, in place of those with the same ids; others, as of more seeds, stay behind them."""
     ids = {record["id"] for record in records}
@@ -238,7 +238,7 @@ def keep_records(
 
 # %% ../../nbs/30_store.ipynb #notebook-parameters
 def notebook_parameters(
-    notebook, # path of a papermill notebook
+    notebook: str | Path, # path of a papermill notebook
 ) -> dict: # {name: default}
     """The parameters of a notebook with their defaults."""
     import papermill
@@ -247,8 +247,8 @@ def notebook_parameters(
 
 # %% ../../nbs/30_store.ipynb #complete
 def complete_parameters(
-    defaults, # as `notebook_parameters` gives them
-    parameters, # {name: value}
+    defaults: dict, # as `notebook_parameters` gives them
+    parameters: dict, # {name: value}
 ) -> dict: # all parameters, of the types of the defaults
     """What a run with these parameters is given. Raises `UserError` for an unknown name or a value of another type."""
     if unknown := set(parameters) - set(defaults):
@@ -258,9 +258,9 @@ def complete_parameters(
 
 # %% ../../nbs/30_store.ipynb #lookup
 def lookup(
-    notebook, # the notebook of the suite
-    suite, # list of parameter sets: {name: value}; the others keep the notebook's defaults
-    stores, # folders of runs or files of records; the first that has a run is taken
+    notebook: str | Path, # the notebook of the suite
+    suite: list[dict], # list of parameter sets: {name: value}; the others keep the notebook's defaults
+    stores: list[str | Path], # folders of runs or files of records; the first that has a run is taken
 ) -> list: # records in the order of the suite; None for a run that no store has
     """The records of a suite, without running anything.
 
@@ -283,9 +283,9 @@ def lookup(
 
 # %% ../../nbs/30_store.ipynb #collect
 def collect(
-    notebook, # the notebook of the suite
-    suite, # list of parameter sets
-    stores, # as for `lookup`
+    notebook: str | Path, # the notebook of the suite
+    suite: list[dict], # list of parameter sets
+    stores: list[str | Path], # as for `lookup`
 ): # a pandas frame
     """A line for each run of the suite: its parameters, whether it was `made`, and the fields of its record.
 
@@ -301,7 +301,7 @@ def collect(
 
 # %% ../../nbs/30_store.ipynb #paper
 def paper_numbers(
-    name, # "table1" … "table4", "figure1", "figure2", "soft_weight_sharing"
+    name: str, # "table1" … "table4", "figure1", "figure2", "soft_weight_sharing"
 ): # a pandas frame, one line for each reported number
     """What the paper, or that of soft weight-sharing, reports, with the evidence for it.
 
@@ -318,7 +318,7 @@ def paper_numbers(
 
 # %% ../../nbs/30_store.ipynb #repository
 def repository(
-    start=".", # a folder in a clone of the repository
+    start: str | Path = ".", # a folder in a clone of the repository
 ) -> Path: # its root
     """The root of the clone that holds a folder. Raises `UserError` outside of one."""
     for folder in (Path(start).resolve(), *Path(start).resolve().parents):
@@ -332,7 +332,7 @@ PROTOCOLS = ("smoke", "cpu", "full")
 
 
 def check_protocol(
-    protocol, # a text
+    protocol: str, # a text
 ):
     """Raise `UserError` for what is none of PROTOCOLS."""
     if protocol not in PROTOCOLS:
@@ -340,8 +340,8 @@ def check_protocol(
 
 
 def budget(
-    notebook, # name of a notebook in nbs/paper
-    protocol, # one of PROTOCOLS
+    notebook: str, # name of a notebook in nbs/paper
+    protocol: str, # one of PROTOCOLS
 ) -> dict:
     """What a notebook spends under a protocol, by `budgets.yaml`. Raises `UserError` as `check_protocol` does."""
     check_protocol(protocol)
@@ -349,9 +349,18 @@ def budget(
 
 # %% ../../nbs/30_store.ipynb #figure-path
 def figure_path(
-    name, # in figures/, with places such as {protocol}
-    root=".", # a folder in a clone of the repository
+    name: str, # in figures/, with places such as {protocol}
+    root: str | Path = ".", # a folder in a clone of the repository
     **places, # what stands in them
 ) -> Path:
     """Where a file that a notebook declares lies."""
     return repository(root) / "figures" / name.format(**places)
+
+# %% ../../nbs/30_store.ipynb #places
+def places(
+    files: dict[str, str], # FILES of a notebook: {what: name in figures/}
+    root: str = ".", # a folder in a clone of the repository
+    **within, # what stands in the places of their names
+) -> dict[str, Path]:
+    """Where the files that a notebook declares lie: {what: path}."""
+    return {what: figure_path(name, root, **within) for what, name in files.items()}

@@ -51,10 +51,10 @@ for left in (2, 1, 0):
 
 # %% ../../nbs/31_suite.ipynb #execute
 def execute(
-    notebook, # path
-    executed, # path of the executed notebook; its log lies beside it, with .log at the end
-    parameters, # {name: plain value}
-    show=False, # print the outputs of the notebook as they come, and keep no log?
+    notebook: str | Path, # path
+    executed: str | Path, # path of the executed notebook; its log lies beside it, with .log at the end
+    parameters: dict, # {name: plain value}
+    show: bool = False, # print the outputs of the notebook as they come, and keep no log?
 ) -> str: # empty, or why the execution failed
     """Execute a notebook through papermill, in a process of its own that ends when this one does."""
     executed = Path(executed)
@@ -85,15 +85,15 @@ def _failure(code, said):  # the last line that a child said, where it knew why 
 
 # %% ../../nbs/31_suite.ipynb #run
 def run(
-    notebook, # path of a papermill notebook that writes `<out>/<run id>/record.json`
-    suite, # list of parameter sets: {name: value}; the others keep the notebook's defaults
+    notebook: str | Path, # path of a papermill notebook that writes `<out>/<run id>/record.json`
+    suite: list[dict], # list of parameter sets: {name: value}; the others keep the notebook's defaults
     *,
-    out="runs", # the store
-    known=(), # further stores, as for `lookup`, whose runs are not made again
-    jobs=1, # processes at a time
-    together=None, # a list with one entry in each set: runs that differ in nothing else share a process
-    scheduler="", # address of a Dask scheduler, "tcp://…", which decides what `jobs` does otherwise
-    progress=True, # show a progress bar?
+    out: str | Path = "runs", # the store
+    known: list[str | Path] | tuple = (), # further stores, as for `lookup`, whose runs are not made again
+    jobs: int = 1, # processes at a time
+    together: str | None = None, # a list with one entry in each set: runs that differ in nothing else share a process
+    scheduler: str = "", # address of a Dask scheduler, "tcp://…", which decides what `jobs` does otherwise
+    progress: bool = True, # show a progress bar?
 ): # a pandas frame, as `collect` gives it
     """Execute the runs of a suite that the stores lack, and return the records of all.
 
@@ -209,16 +209,16 @@ def _paper_notebooks(root, name):  # {stem: path} of one notebook, or of all
 
 # %% ../../nbs/31_suite.ipynb #reproduce
 def reproduce(
-    name, # one of REPRODUCIBLE, a notebook of nbs/paper without its ending, or "all"
-    protocol="cpu", # "smoke" (seconds, embedded data), "cpu" (minutes a run), "full" (the paper's budget)
-    seeds=None, # runs of each setting; None: one for smoke, else as many as the notebook has by itself
+    name: str, # one of REPRODUCIBLE, a notebook of nbs/paper without its ending, or "all"
+    protocol: str = "cpu", # "smoke" (seconds, embedded data), "cpu" (minutes a run), "full" (the paper's budget)
+    seeds: int | None = None, # runs of each setting; None: one for smoke, else as many as the notebook has by itself
     *,
-    again=False, # make all runs again? else those that neither the store nor the committed records have
-    jobs=2, # processes at a time
-    out="runs", # the store
-    scheduler="", # address of a Dask scheduler
-    root=".", # a folder in a clone of the repository
-    show=True, # print the outputs of the notebooks as they come?
+    again: bool = False, # make all runs again? else those that neither the store nor the committed records have
+    jobs: int = 2, # processes at a time
+    out: str | Path = "runs", # the store
+    scheduler: str = "", # address of a Dask scheduler
+    root: str | Path = ".", # a folder in a clone of the repository
+    show: bool = True, # print the outputs of the notebooks as they come?
 ) -> dict: # {notebook: path of the executed notebook}
     """Execute the notebook of a table or figure.
 
