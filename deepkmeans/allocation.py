@@ -140,7 +140,8 @@ def layer_curve(
     zero = F.pad((scale * rows.double().square()).sum(1).cumsum(0), (1, 0)).cpu().numpy()  # (n + 1,)
     n, d = rows.shape
     distinct = len(rows.unique(dim=0))
-    ks, loss, bits = _points(rows, scale, distinct, [pinned_rows(n, p) for p in sparsities], FINE * zero[-1], seed, backend)
+    pinned = [pinned_rows(n, p) for p in sparsities]
+    ks, loss, bits = _points(rows, scale, distinct, pinned, FINE * zero[-1], seed, backend)
     return LayerCurve(n, d, distinct, layout, ks, tuple(sparsities), zero, loss, bits, 8 * weight.element_size())
 
 # %% ../nbs/08_allocation.ipynb #by-rising-norm
