@@ -693,14 +693,11 @@ def _install(model, content, codes, assign):
     state._metadata = model.state_dict()._metadata  # the tensors fit, no module has to translate older ones
     for layer in content.tables.layers:
         codebook = content.parts[layer.name][0]
-        _attach(model.get_submodule(layer.name), layer, codebook, codes[layer.name])
+        module, pinned = model.get_submodule(layer.name), bool(layer.pinned)
+        SharedWeight.attach(module, codebook, codes[layer.name], layer.layout, pinned, unsafe=True)
         state[_join(layer.name, "parametrizations.weight.original")] = codebook
     state.update({name: state[owner] for name, owner in content.tables.ties.items() if owner in state})
     model.load_state_dict(state, strict=False, assign=assign)  # _check_fit saw that nothing else is missing
-
-# %% ../nbs/07_codec.ipynb #attach
-def _attach(module, layer, codebook, codes):
-    SharedWeight.attach(module, codebook, codes, layer.layout, bool(layer.pinned), unsafe=True)
 
 # %% ../nbs/07_codec.ipynb #fit
 def _check_fit(content, model):

@@ -15,7 +15,6 @@ SLOW = {  # why the outputs of a notebook are not compared
     "01_clustering": "half a minute of k-means",
     "05_retrain": "trains",
     "08_allocation": "a minute of allocating",
-    "09_hardware": "ten seconds; cell `pays` stores a picture that it does not draw any more",
     "11_models": "builds all networks",
     "12_data": "what it shows depends on the data sets of the machine",
     "13_compress": "trains",
