@@ -9,17 +9,15 @@ __all__ = []
 __version__ = "0.1.0"
 
 # %% ../nbs/index.ipynb #names
-from deepkmeans.accounting import CompressionReport, compression
-from deepkmeans.codec import CompressedFileError, FileReport, decompress, inspect, load_compressed, save_compressed
+from deepkmeans.accounting import compression
+from deepkmeans.codec import CompressedFileError, decompress, inspect, load_compressed, save_compressed
 from deepkmeans.data import Data, Loader, load, loaders, subset
-from deepkmeans.hardware import EnergyReport, energy, full_adders
-from deepkmeans.allocation import NAMED_PLANS, allocate, fisher, layer_curves, named_plan
+from deepkmeans.hardware import energy, full_adders
+from deepkmeans.allocation import NAMED_PLANS, allocate, named_plan
 from deepkmeans.export import to_onnx
 from deepkmeans.clustering import Clustering, KMeans, decode, encode, kmeans
-from deepkmeans.models import (
-    alexnet, build, freshnet_cnn, googlenet, googlenet_64, lenet5, load_weights, tt_conv_cnn, wide_resnet,
-)
-from deepkmeans.pipeline import Outcome, bits_for_ratio, compress
+from deepkmeans.models import build, load_weights
+from deepkmeans.pipeline import Outcome, compress
 from deepkmeans.regularizer import Regularizer
 from deepkmeans.retrain import Accuracy, evaluate, train
 from deepkmeans.rows import from_rows, to_rows

@@ -76,9 +76,9 @@ def _record_of(path): # → the record of a file, or None
     warnings.warn(f"{path.name} is left out: {len(made)} records beside it tell of its plan and its size, not one")
 
 # %% ../nbs/14_shelf.ipynb #fits
-def _fits(record, plan, size): # does it tell of a file of that plan and size in bytes?
+def _fits(record, plan, size): # does it tell of a file of that plan, where it has a name, and size in bytes?
     shared = record.get("stages", {}).get("shared", {})
-    return record["parameters"].get("plan_name") == plan and shared.get("kib", 0) * 1024 == size
+    return record["parameters"].get("plan_name") in (None, "", plan) and shared.get("kib", 0) * 1024 == size
 
 # %% ../nbs/14_shelf.ipynb #read-card
 def _card(name, path): # → Card, or None for a file without a record

@@ -9,6 +9,7 @@ import torch.nn as nn
 
 import deepkmeans as dk
 from deepkmeans import sharing
+from deepkmeans.allocation import fisher, layer_curves
 from deepkmeans.sharing import shared_layers
 
 
@@ -38,7 +39,7 @@ NETWORKS = {
 @pytest.fixture(scope="module", params=NETWORKS)
 def measured(request):
     net = NETWORKS[request.param]()
-    return net, dk.layer_curves(net)
+    return net, layer_curves(net)
 
 
 def dense_bytes(net):
@@ -109,7 +110,7 @@ class Outputs(nn.Module):
 def test_networks_with_auxiliary_heads_have_an_information_and_the_heads_none(name):
     net, data = auxiliary(name)
     layers = [name for name, m in net.named_modules() if isinstance(m, nn.Conv2d)]
-    information = dk.fisher(net.train(), data, layers, images=4)
+    information = fisher(net.train(), data, layers, images=4)
     assert net.training and {name for name, f in information.items() if not f.any()} == {
         name for name in layers if name.lower().startswith("aux")
     }
@@ -122,12 +123,12 @@ def test_networks_with_auxiliary_heads_have_an_information_and_the_heads_none(na
 )
 def test_logits_are_found_in_dictionaries_and_tuples_frozen_or_not_and_without_gradients(pack):
     data = [(torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1)), None)]
-    plain, net = dk.fisher(vgg_like(), data, ["0", "8"], images=8), Outputs(pack).requires_grad_(False)
+    plain, net = fisher(vgg_like(), data, ["0", "8"], images=8), Outputs(pack).requires_grad_(False)
     net.net[1].eval()
     for surrounding in (torch.no_grad(), torch.inference_mode(), torch.enable_grad()):
         with surrounding:
             copied = [(data[0][0].clone(), None)]  # under inference_mode a tensor that knows no gradients
-            information = dk.fisher(net, copied, ["net.0", "net.8", "aux"], images=8)
+            information = fisher(net, copied, ["net.0", "net.8", "aux"], images=8)
         assert (
             torch.equal(information["net.0"], plain["0"])
             and torch.equal(information["net.8"], plain["8"])
@@ -149,10 +150,10 @@ def test_a_network_that_fails_keeps_its_mode_and_what_is_frozen():
     net[0].weight.requires_grad_(False)
     for data, message in (([(torch.randn(2, 4, 8, 8), None)], None), ([], "loader gives no images")):
         with pytest.raises((ValueError, RuntimeError), match=message):
-            dk.fisher(net, data, ["0"])
+            fisher(net, data, ["0"])
         assert all(m.training for m in net.modules()) and not net[0].weight.requires_grad
     with pytest.raises(ValueError, match=r"returned shape \(2, 16, 6, 6\), must return logits"):
-        dk.fisher(net[:1], [(torch.randn(2, 3, 8, 8), None)], ["0"])
+        fisher(net[:1], [(torch.randn(2, 3, 8, 8), None)], ["0"])
 
 
 def test_the_same_call_gives_the_same_plan():
@@ -199,19 +200,19 @@ def test_floors_and_layers_left_out_are_kept(measured):
 def test_the_sensitive_layer_gets_more_with_data_than_without():
     net = vgg_like().eval()
     data = [(torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(1)), None)]
-    information = dk.fisher(net, data, ["0", "8"])
+    information = fisher(net, data, ["0", "8"])
     assert all(f.shape == net.get_submodule(name).weight.shape and (f >= 0).all() for name, f in information.items())
     with torch.no_grad():  # scaling the last layer up scales the information of all before it
         net[9].weight *= 5
-    louder = dk.fisher(net, data, ["0", "8"])
+    louder = fisher(net, data, ["0", "8"])
     assert louder["0"].sum() > information["0"].sum()
 
 
 def test_a_layer_is_worth_the_root_of_its_fisher_energy_and_without_data_as_much_as_any_other():
     net = vgg_like().eval()
     data = [(torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(1)), None)]
-    curves, alike = dk.layer_curves(net, data), dk.layer_curves(net)
-    for name, f in dk.fisher(net, data, list(curves)).items():
+    curves, alike = layer_curves(net, data), layer_curves(net)
+    for name, f in fisher(net, data, list(curves)).items():
         energy = (f * net.get_submodule(name).weight.double() ** 2).sum().item() / 2
         assert curves[name].zero[-1] == pytest.approx(energy**0.5) and alike[name].zero[-1] == pytest.approx(1)
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import deepkmeans as dk
+from deepkmeans.pipeline import bits_for_ratio
 
 
 def network():
@@ -73,7 +74,7 @@ def test_it_is_allocate_retrain_and_share_in_this_order(dense, batches):
     plan = dk.allocate(parts, 5, batches[0], seed=3)
     as_planned = copy.deepcopy(parts)
     dk.share(as_planned, plan, seed=3)
-    regularizer = dk.Regularizer(parts, plan, bits=dk.bits_for_ratio(as_planned, 5), seed=3)
+    regularizer = dk.Regularizer(parts, plan, bits=bits_for_ratio(as_planned, 5), seed=3)
     history = dk.train(parts, batches[0], epochs=2, lr=0.05, regularizer=regularizer, seed=3, progress=False)
     dk.share(parts, plan, codes=regularizer.codes())
     assert (
