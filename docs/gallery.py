@@ -142,7 +142,7 @@ def _networks_section(root):
     lines = [list(line.values()) for line in shelf.table(found)]
     told = [
         "What `deepkmeans list` prints. `deepkmeans evaluate NAME --data cifar10 --record` measures one again and "
-        "compares; `dk.load_compressed(NAME)` opens it. One without a name is opened by its path.",
+        "compares; `dk.load_compressed(NAME)` opens it.",
         f"The ratio is that of the file on disk, the record the `id` of a run in the `.jsonl` beside it. "
         f"Licence of all: {shelf.LICENCE}.",
     ]
