@@ -254,7 +254,7 @@ def _check_fit(path, parts, own):
     for name in [*wanted, *found]:
         if found.get(name) != wanted.get(name):
             change = f"{name} is {found.get(name, 'missing')}, must be {wanted.get(name, 'missing')}"
-            raise ValueError(f"checkpoint={str(path)!r} does not fit: {change}")
+            raise ValueError(f"checkpoint={str(path)!r} does not fit, remove it to begin anew: {change}")
 
 # %% ../nbs/05_retrain.ipynb #checkpoint-momentum
 def _check_optimizer(path, tensors, optimizer):
