@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from .files import replacing
+from .retrain import seeded
 
 # %% ../nbs/12_data.ipynb #random
 def _seed(*key):
@@ -404,8 +405,7 @@ class _Decoder(torch.utils.data.Dataset):
         self.transform = _transform(split.size, augment)
 
     def __getitem__(self, i):
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(_seed("image", *self.key, i))
+        with seeded(_seed("image", *self.key, i)):
             file = self.split.files[i]
             image = _decode(file, file, lambda image: self.transform(image.convert("RGB")))  # (size, size, 3)
         return torch.from_numpy(image.copy()).permute(2, 0, 1), self.split.labels[i]

@@ -10,10 +10,10 @@ __all__ = ['RATIOS', 'Line', 'suites', 'Budget', 'compare', 'claims', 'Table', '
 import json
 from math import hypot, isnan, nan
 from pathlib import Path
-from shutil import copyfile
 from statistics import stdev
 from typing import NamedTuple
 
+from ..files import write_file
 from .store import figure_path, keep_records, lookup, paper_numbers, repository
 from .suite import run
 
@@ -238,7 +238,7 @@ def keep_network(
     made = Path(given["out"]) / record["id"] / "model.dkm" if record else Path()
     kept = table.path("network", network=name)
     if given["save"] and given["protocol"] != "smoke" and made.is_file():
-        copyfile(made, kept)
+        write_file(kept, made.read_bytes())
     if record and kept.exists():
         reached = f"{record['stages']['shared']['top1']:.2f} % of the {record['dataset']['test']:,} test images"
         print(f"{kept.name}: {kept.stat().st_size:,} bytes, {reached}")
