@@ -50,8 +50,8 @@ IN_MEMORY = 2**30 # bytes; rows that take more than this, with bounds and copies
 _FAR = 1e18 # the searches see no coordinate beyond this: never the nearest, and its square is finite
 
 
-def _chunk(rows):  # so many rows that float64 copies of a few candidates for each are small
-    return max(1, (WORKSPACE if rows.is_cuda else CACHE) // (32 * rows.shape[1]))
+def _chunk(rows, room=CACHE):  # so many rows that float64 copies of a few candidates for each are small
+    return max(1, (WORKSPACE if rows.is_cuda else room) // (32 * rows.shape[1]))
 
 # %% ../nbs/01_clustering.ipynb #chunks
 def _chunks(rows):
@@ -70,6 +70,11 @@ def _reduced(values, group, how="SUM"):  # over the processes of the group, in p
         distributed.all_reduce(values, getattr(distributed.ReduceOp, how), group)
     return values
 
+# %% ../nbs/01_clustering.ipynb #columns
+def _columns(rows, scale, shift=0.0):  # scaled and shifted, coordinate by coordinate: (m, d) → (d, m) float64
+    columns = torch.empty(rows.shape[::-1], dtype=torch.float64, device=rows.device)
+    return columns.copy_(rows.T).mul_(scale).sub_(shift)
+
 # %% ../nbs/01_clustering.ipynb #space-class
 class _Space(NamedTuple):
     rows: torch.Tensor # (n, d), as they came in
@@ -84,31 +89,34 @@ class _Space(NamedTuple):
         return rows.double() * self.scale
 
     def unit(self, rows):  # scaled and centred, (m, d) float64
-        return self.scaled(rows) - self.shift
+        return self.scaled(rows).sub_(self.shift)
 
-    def units(self):  # (n, d) float32
-        return torch.cat([self.unit(self.rows[a:b]).float() for a, b in _chunks(self.rows)])
+    def units(self, rows):  # the same in float32
+        return torch.cat([self.unit(rows[a:b]).float() for a, b in _chunks(rows)])
 
     def seen(self, codebook):  # scaled centres as the searches see them, (k, d) float32
         return (codebook - self.shift).clamp(-_FAR, _FAR).float().contiguous()
 
     def cost(self, codebook, codes):  # w‖row − codebook[code]‖², (n,) float64, scaled
-        squares = torch.cat([_gaps(self.scaled(self.rows[a:b]), codebook, codes[a:b]) for a, b in _chunks(self.rows)])
+        parts = ((_columns(self.rows[a:b], self.scale), codes[a:b]) for a, b in _chunks(self.rows))
+        squares = torch.cat([_gaps(columns, codebook, part) for columns, part in parts])
         return squares if self.weight is None else squares * self.weight
 
     def plain(self, inertia):  # a scaled inertia as one of the rows that came in
         return inertia / self.heavy / self.scale / self.scale
 
 # %% ../nbs/01_clustering.ipynb #gaps
-def _gaps(rows, codebook, codes):  # squared distances, (m,) float64
-    # coordinate by coordinate, as a sum over a short axis is slow
-    return sum((x - c.index_select(0, codes)).square() for x, c in zip(rows.T, codebook.T))
+def _gaps(columns, codebook, codes):  # squared distances of rows, given as (d, m), to their centres, (m,) float64
+    total = torch.zeros_like(columns[0])
+    for x, c in zip(columns, codebook.T.contiguous()):  # coordinate by coordinate, as a sum over a short axis is slow
+        total += (x - c.index_select(0, codes)).square_()
+    return total
 
 # %% ../nbs/01_clustering.ipynb #space-of
-def _mean(values, rows, weight, group):  # weighted mean of values(columns) over all rows, (d,) float64
+def _mean(values, rows, weight, group):  # weighted mean of values(rows), which are (d, m), over all rows: (d,) float64
     total = torch.zeros(rows.shape[1] + 1, dtype=torch.float64, device=rows.device)
     for a, b in _chunks(rows):
-        columns = values(rows[a:b].T.double().contiguous())  # (d, m)
+        columns = values(rows[a:b])  # (d, m)
         total[:-1] += _total(columns if weight is None else columns * weight[a:b])
         total[-1] += b - a if weight is None else _total(weight[a:b])
     total = _reduced(total, group)
@@ -122,18 +130,22 @@ def _power(size):  # the power of two that brings a size to between 1/2 and 1; i
 def _space(rows, weight=None, group=None, codebook=None):  # codebook: centres that did not come from the rows
     heavy = 1.0 if weight is None else _power(_reduced(weight.max(), group, "MAX"))
     weight = None if weight is None else weight * heavy
-    low, high = torch.stack(rows.aminmax(dim=0)).double()
-    ends = _reduced(torch.stack([-low, high]), group, "MAX")  # (2, d)
 
     def near(scale, shift):  # the largest coordinate of the nearest centre
         return 0 if codebook is None else (codebook * scale - shift).abs().amax(1).min()
 
-    scale = _power(max(ends.abs().max(), near(1.0, 0.0)))
-    mean = _mean(lambda x: x * scale, rows, weight, group)  # (d,)
-    spread = _mean(lambda x: (x * scale - mean[:, None]).square(), rows, weight, group)  # (d,)
+    def size(of):  # the largest absolute value, of one number at least
+        return _reduced(torch.stack([values.abs().max() for values in of]).max(), group, "MAX")
+
+    scale = _power(max(size([torch.stack(rows.aminmax()).double()]), near(1.0, 0.0)))
+    mean = _mean(lambda part: _columns(part, scale), rows, weight, group)  # (d,)
+    spread = _mean(lambda part: _columns(part, scale, mean[:, None]).square_(), rows, weight, group)  # (d,)
     # (d,); few bits, so that x − shift is exact
     shift = torch.where(mean.abs() > 4 * spread.sqrt(), mean.float().double(), 0.0)
-    fine = _power(max((ends * scale + torch.stack([shift, -shift])).max(), near(scale, shift)))
+    fine = 1.0
+    if shift.any():
+        shifted = (_columns(rows[a:b], scale, shift[:, None]) for a, b in _chunks(rows))
+        fine = _power(max(size(shifted), near(scale, shift)))
     fine = min(fine * scale, 2.0**1022) / scale
     return _Space(rows, weight, fine * scale, fine * shift, float((spread.sqrt() * fine).square().mean()), heavy, group)
 
@@ -321,9 +333,9 @@ def _finder(space, codebook, name, top=2):
     centres = space.seen(codebook)
     if name == "tree":
         search = _search_tree(centres)
-        return lambda rows: search(space.unit(rows).float())
+        return lambda rows: search(space.units(rows))
     search = _SEARCH[name](centres, min(top, len(codebook)))
-    return lambda rows: (search(space.unit(rows).float()), None)
+    return lambda rows: (search(space.units(rows)), None)
 
 # %% ../nbs/01_clustering.ipynb #assign-best
 def _best(space, codebook, rows, proposals, codes=None):
@@ -352,9 +364,11 @@ def _nearest(space, codebook, backend, codes=None):
     for name in _ladder(backend, codebook):
         if name == "tree" and name != backend and len(undecided) * k < 2**24:
             continue
-        find, unsure = _finder(space, codebook, name), []
-        for part in undecided.split(_chunk(space.rows)):
-            proposals, certain = find(space.rows[part])
+        find, unsure, whole = _finder(space, codebook, name), [], len(undecided) == n
+        size = _chunk(space.rows, WORKSPACE if name == "tree" else CACHE)  # that one has threads and blocks of its own
+        for a in range(0, len(undecided), size):
+            part = undecided[a:a + size]  # (m,)
+            proposals, certain = find(space.rows[a:a + size] if whole else space.rows[part])
             if certain is not None:
                 nearest[part] = proposals[:, 0]
                 part, proposals = part[~certain], proposals[~certain]
@@ -383,10 +397,12 @@ def _means(space, codes, k, around=None):
     # `around`: centres near the means, to start from
     total = torch.zeros(space.rows.shape[1] + 1, k, dtype=torch.float64, device=codes.device)
     for a, b in _chunks(space.rows):
-        ones = torch.ones(b - a, dtype=torch.float64, device=codes.device)  # (m,)
-        w = ones if space.weight is None else space.weight[a:b]  # (m,)
-        values = space.scaled(space.rows[a:b]) - (space.shift if around is None else around[codes[a:b]])  # (m, d)
-        total += torch.stack([_sums(x, codes[a:b], k) for x in (*(values.T * w), w)])  # (d + 1, k)
+        part = codes[a:b]  # (m,)
+        shift = space.shift[:, None] if around is None else around[part].T
+        columns = _columns(space.rows[a:b], space.scale, shift)  # (d, m)
+        w = torch.ones_like(columns[0]) if space.weight is None else space.weight[a:b]  # (m,)
+        columns = columns if space.weight is None else columns.mul_(w)
+        total += torch.stack([_sums(x, part, k) for x in (*columns, w)])  # (d + 1, k)
     _reduced(total, space.group)
     return (total[:-1] / total[-1]).T + (space.shift if around is None else around), total[-1]
 
@@ -478,7 +494,7 @@ def _nearness(space, centres):  # of rows to their centres, in shares of their n
 def _lloyd_tree(space, k, start, max_iter, tol, backend):
     from deepkmeans.kernels import lloyd
 
-    x = space.units()  # (n, d)
+    x = space.units(space.rows)  # (n, d)
     nearness = _nearness(space, start)
     if nearness < _FINE:
         return _lloyd(space, k, start, max_iter, tol, "direct")
@@ -580,7 +596,7 @@ def _seed_sample(space, k, generator):
 def _seed_plusplus(space, k, generator):
     if _too_large(*space.rows.shape) and not _too_large(k, space.rows.shape[1]):
         return _seed_sample(space, k, generator)
-    n, x = len(space.rows), space.units()  # (n, d)
+    n, x = len(space.rows), space.units(space.rows)  # (n, d)
     first, draws = _uniform(generator, 1), _uniform(generator, k - 1, 2 + int(log(k)))
     if n * k >= 2**20 and _available("numba"):
         from deepkmeans.kernels import plusplus
@@ -1004,7 +1020,7 @@ class KMeans(_Parameters):
         labels, squares = encode(rows, found.codebook)  # (n,)
         if self.pinned_zero:
             labels[used] = found.codes
-            squares[used] = _gaps(rows[used].double(), found.codebook.double(), found.codes)
+            squares[used] = _gaps(_columns(rows[used], 1.0), found.codebook.double(), found.codes)
         as_given = (lambda t: t) if isinstance(X, torch.Tensor) else torch.Tensor.numpy
         self.cluster_centers_, self.labels_ = as_given(found.codebook), as_given(labels)
         self.n_iter_, self.inertia_ = found.n_iter, float(_total(squares * weight))

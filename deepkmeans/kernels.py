@@ -670,9 +670,10 @@ def sums(
     total, mass = np.zeros((k, x.shape[1])), np.zeros(k)
     for i in range(len(x)):
         w = weight[i] if len(weight) else 1.0
-        mass[codes[i]] += w
+        c = np.uint64(codes[i])  # no negative index: LLVM then makes vectors of the loop
+        mass[c] += w
         for j in range(x.shape[1]):
-            total[codes[i], j] += w * x[i, j]
+            total[c, j] += w * x[i, j]
     return total, mass
 
 # %% ../nbs/50_kernels.ipynb #iterate
