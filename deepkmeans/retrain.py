@@ -9,7 +9,7 @@ __all__ = ['SCHEDULES', 'AUXILIARY', 'TEMPERATURE', 'TAUGHT', 'SHOWN_EVERY', 'he
 # %% ../nbs/05_retrain.ipynb #imports
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import chain
@@ -27,10 +27,11 @@ from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
 
 from .files import replacing
+from .regularizer import Regularizer
 
 # %% ../nbs/05_retrain.ipynb #heads
 def heads(
-    output, # of a classifier: logits (b, classes), or a tuple or dict that holds some
+    output: torch.Tensor | tuple | list | Mapping, # of a classifier: logits (b, classes), or what holds some of them
 ) -> list: # of logits (b, classes), those of the main head first
     """The logits of all heads of a classifier. Raises `ValueError` where the output holds none."""
     named = output if isinstance(output, Mapping) else {}
@@ -48,7 +49,7 @@ _WANTED = "batches (images, labels), as `dk.loaders(data, 64)` makes them of dat
 
 
 def check_loader(
-    loader, # is it an iterable of batches (images, labels)?
+    loader: object, # is it an iterable of batches (images, labels)?
 ):
     """Raise `ValueError` for what gives no batches: a data set, single images, text."""
     head = loader[0] if isinstance(loader, (list, tuple)) and len(loader) else ()
@@ -58,7 +59,7 @@ def check_loader(
 
 # %% ../nbs/05_retrain.ipynb #pairs
 def pairs(
-    loader, # batches (images, labels)
+    loader: Iterable, # batches (images, labels)
 ): # its batches, one by one
     """The batches of a loader. Raises `ValueError` for one that is no pair, or whose images are no tensor."""
     for batch in loader:
@@ -133,9 +134,9 @@ def _scores(output, labels):  # how often right at once, how often right among f
 @torch.no_grad()
 def evaluate(
     model: nn.Module, # a classifier: images → logits (b, classes); with a `metric`, any network
-    loader, # batches (images, labels)
+    loader: Iterable, # batches (images, labels)
     *,
-    metric=None, # (output, labels) → the score of a batch, summed over its images; None: accuracy and loss
+    metric: Callable | None = None, # (output, labels) → a batch's score, summed over images; None: accuracy and loss
     amp: bool = False, # compute in bfloat16 where that is safe?
 ) -> Accuracy: # with a `metric`, its mean over the images, a float
     """Accuracy and loss of the model in eval mode over the whole loader; each module gets its mode back afterwards.
@@ -144,7 +145,8 @@ def evaluate(
     `check_loader` and `pairs` do.
     """
     check_loader(loader)
-    device, images, total = _device(model), 0, 0.0
+    device = _device(model)
+    images, total = 0, 0.0
     with _in_eval(model), seeded(0):
         for x, y in _on_device(loader, device):
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
@@ -178,7 +180,7 @@ AUXILIARY = 0.3  # weight of the loss of an auxiliary head (Szegedy et al. 2015,
 
 
 def classification_loss(
-    output, # of a classifier, see `heads`
+    output: torch.Tensor | tuple | list | Mapping, # of a classifier, see `heads`
     labels: torch.Tensor, # (b,) int64
 ) -> torch.Tensor: # a scalar, in nats
     """The mean cross-entropy of the main head, and 0.3 of that of each auxiliary head."""
@@ -191,13 +193,33 @@ TAUGHT = 0.5  # α, the share of the loss that comes from the teacher
 
 
 def distillation_loss(
-    output, # of the student, see `heads`
+    output: torch.Tensor | tuple | list | Mapping, # of the student, see `heads`
     taught: torch.Tensor, # (b, classes) logits of the teacher
 ) -> torch.Tensor: # a scalar, in nats
     """T·KL(teacher ‖ student) of outputs softened by T, mean over the images: a gradient like the cross-entropy's."""
     student = F.log_softmax(heads(output)[0].float() / TEMPERATURE, 1)  # (b, classes)
     teacher = F.log_softmax(taught.float() / TEMPERATURE, 1)  # (b, classes)
     return TEMPERATURE * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+# %% ../nbs/05_retrain.ipynb #check-number
+def _check_number(name, value, whole=False):
+    number = value.tolist() if hasattr(value, "tolist") else value
+    if not isinstance(number, int if whole else (int, float)) or not 0 <= number < inf:
+        raise ValueError(f"{name}={number!r} must be at least 0{', a whole number' if whole else ' and finite'}")
+
+# %% ../nbs/05_retrain.ipynb #optimizer
+def _optimizer(make, model, lr, momentum, weight_decay):
+    if make is None:
+        for name, value in dict(momentum=momentum, weight_decay=weight_decay).items():
+            _check_number(name, value)
+        make = partial(torch.optim.SGD, momentum=momentum, weight_decay=weight_decay)
+    if not callable(make):
+        given = f"a {type(make).__name__}"
+        raise ValueError(f"optimizer is {given}, must make one of parameters and lr=, as torch.optim.AdamW does")
+    optimizer = make(model.parameters(), lr=lr)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    return optimizer
 
 # %% ../nbs/05_retrain.ipynb #checkpoint
 def _optimizer_tensors(optimizer):
@@ -298,7 +320,9 @@ class _Step(NamedTuple):
     def __call__(self, x, y, before, done):  # how much is over, → loss, penalty, right guesses, images: (4,) float64
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
             output = self.model(x)
-        loss, penalty, right = self._loss(output, x, y), self._penalty(x.device), _right(output, y)
+        loss = self._loss(output, x, y)
+        penalty = self._penalty(x.device)
+        right = _right(output, y)
         self.set_rate(before)
         self.optimizer.zero_grad(set_to_none=True)
         (loss + penalty).backward()
@@ -362,12 +386,6 @@ def _fingerprint(batches):  # of a list of (images, labels)
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
-
-# %% ../nbs/05_retrain.ipynb #check-number
-def _check_number(name, value, whole=False):
-    number = value.tolist() if hasattr(value, "tolist") else value
-    if not isinstance(number, int if whole else (int, float)) or not 0 <= number < inf:
-        raise ValueError(f"{name}={number!r} must be at least 0{', a whole number' if whole else ' and finite'}")
 
 # %% ../nbs/05_retrain.ipynb #length
 def _length(loader):  # how many batches, 0 without a loader
@@ -434,20 +452,6 @@ def _settings(checkpoint, loader, regularizer, loss, optimizer, plain):  # what 
                  regularizer=regularizer.settings() if regularizer else None)
     return _plain(plain | parts)
 
-# %% ../nbs/05_retrain.ipynb #optimizer
-def _optimizer(make, model, lr, momentum, weight_decay):
-    if make is None:
-        for name, value in dict(momentum=momentum, weight_decay=weight_decay).items():
-            _check_number(name, value)
-        make = partial(torch.optim.SGD, momentum=momentum, weight_decay=weight_decay)
-    if not callable(make):
-        given = f"a {type(make).__name__}"
-        raise ValueError(f"optimizer is {given}, must make one of parameters and lr=, as torch.optim.AdamW does")
-    optimizer = make(model.parameters(), lr=lr)
-    for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]
-    return optimizer
-
 # %% ../nbs/05_retrain.ipynb #state
 def _state(step, loader):  # {what: {name: tensor}}
     return {"model": step.model.state_dict(), "optimizer": _optimizer_tensors(step.optimizer),
@@ -482,20 +486,20 @@ def _told(regularizer):  # what an epoch did to the rows
 # %% ../nbs/05_retrain.ipynb #train
 def train(
     model: nn.Module, # a classifier; changed in place
-    loader, # iterable of (images, labels) with a length; where it, or its sampler, has `set_epoch`, that is called
+    loader: Iterable, # (images, labels), with a length; where it, or its sampler, has `set_epoch`, that is called
     *,
     epochs: int, # passes over the loader
     lr: float, # learning rate at the start
-    regularizer=None, # a `Regularizer` of this model
+    regularizer: Regularizer | None = None, # a `Regularizer` of this model
     teacher: nn.Module | None = None, # a trained network that teaches beside the labels: distillation
-    loss=classification_loss, # (output, labels) → a scalar
+    loss: Callable = classification_loss, # (output, labels) → a scalar
     schedule: str = "cosine", # one of SCHEDULES
     momentum: float = 0.9, # of stochastic gradient descent
     weight_decay: float = 5e-4, # L2 penalty of SGD on all parameters
-    optimizer=None, # what makes another than SGD of (parameters, lr=…), as torch.optim.AdamW does
+    optimizer: Callable | None = None, # what makes another than SGD of (parameters, lr=…), as torch.optim.AdamW does
     amp: bool = False, # compute in bfloat16 where that is safe?
     seed: int = 0, # seed of dropout
-    checkpoint=None, # file to resume from when it exists, and to write after each epoch
+    checkpoint: str | Path | None = None, # file to resume from when it exists, and to write after each epoch
     progress: bool = True, # show a progress bar?
 ) -> list: # one dict an epoch: loss, penalty, top1 (percent), lr, seconds, and what happened to the rows
     """Train, with SGD and momentum or another optimizer, under a regularizer where one is given; return the history.
