@@ -310,6 +310,7 @@ def _right(output, y):  # how many guesses are right, NaN where the labels are n
 class _Step(NamedTuple):
     """One step of training: forward, backward, the optimizer's and the regularizer's."""
     model: nn.Module
+    forward: object  # the model, compiled or not
     optimizer: torch.optim.Optimizer
     curve: object
     loss: object
@@ -319,7 +320,7 @@ class _Step(NamedTuple):
 
     def __call__(self, x, y, before, done):  # how much is over, → loss, penalty, right guesses, images: (4,) float64
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
-            output = self.model(x)
+            output = self.forward(x)
         loss = self._loss(output, x, y)
         penalty = self._penalty(x.device)
         right = _right(output, y)
@@ -466,7 +467,7 @@ def _resume(checkpoint, settings, step, loader):  # the history up to now
     if not Path(checkpoint).exists():
         return []
     parts, history, written = _read_checkpoint(checkpoint, _device(step.model))
-    _check_settings(checkpoint, {"optimizer": None} | written, settings)
+    _check_settings(checkpoint, {"optimizer": None, "compile": False} | written, settings)
     _check_fit(checkpoint, parts, _state(step, loader))
     _check_optimizer(checkpoint, parts.get("optimizer", {}), step.optimizer)
     step.model.load_state_dict(parts["model"])
@@ -498,6 +499,7 @@ def train(
     weight_decay: float = 5e-4, # L2 penalty of SGD on all parameters
     optimizer: Callable | None = None, # what makes another than SGD of (parameters, lr=…), as torch.optim.AdamW does
     amp: bool = False, # compute in bfloat16 where that is safe?
+    compile: bool = False, # have `torch.compile` make kernels of forward and backward first?
     seed: int = 0, # seed of dropout
     checkpoint: str | Path | None = None, # file to resume from when it exists, and to write after each epoch
     progress: bool = True, # show a progress bar?
@@ -506,18 +508,21 @@ def train(
 
     A model in eval mode is put into training mode; in one that is training, modules that were set to eval stay so.
     With `checkpoint`, a run that was killed goes on from its last epoch and ends, bit for bit on a CPU, where an
-    uninterrupted one does. Of a loss or an optimizer a checkpoint knows the name. `top1` is NaN for labels that are
-    no classes. Raises `ValueError` for bad settings, a regularizer of another model, a loader without a length, and a
-    checkpoint of another network, other settings, plan or data (which lists hold, and loaders tell that have a
-    `fingerprint`), and as `check_loader` and `pairs` do; `FloatingPointError` when the loss becomes NaN.
+    uninterrupted one does. Of a loss or an optimizer a checkpoint knows the name. With `compile` the first batch of
+    each size takes long, and results change by rounding. `top1` is NaN for labels that are no classes. Raises
+    `ValueError` for bad settings, a regularizer of another model, a loader without a length, and a checkpoint of
+    another network, other settings, plan or data (which lists hold, and loaders tell that have a `fingerprint`), and
+    as `check_loader` and `pairs` do; `FloatingPointError` when the loss becomes NaN.
     """
     _checked(model, loader, epochs, lr, schedule, regularizer)
     plain = dict(epochs=epochs, lr=lr, schedule=schedule, momentum=momentum, weight_decay=weight_decay, amp=amp,
-                 seed=seed, teacher=teacher is not None)
+                 compile=compile, seed=seed, teacher=teacher is not None)
     settings = _settings(checkpoint, loader, regularizer, loss, optimizer, plain)
     epochs, lr, seed = (settings[name] for name in ("epochs", "lr", "seed"))
     optimizer = _optimizer(optimizer, model, lr, momentum, weight_decay)
-    step, steps = _Step(model, optimizer, SCHEDULES[schedule], loss, regularizer, teacher, amp), _length(loader)
+    forward = torch.compile(model) if compile else model
+    step = _Step(model, forward, optimizer, SCHEDULES[schedule], loss, regularizer, teacher, amp)
+    steps = _length(loader)
     history = _resume(checkpoint, settings, step, loader)
     if not model.training:
         model.train()

@@ -189,6 +189,25 @@ def test_mixed_labels_train_like_those_that_they_stand_for():
         torch.testing.assert_close(value, two.state_dict()[name])
 
 
+def test_compiled_training_ends_where_plain_training_does(tmp_path, monkeypatch):
+    nets, compiled, compiler = (network(), network()), [], torch.compile
+
+    def compile_quickly(model):
+        compiled.append(model)
+        return compiler(model, backend="aot_eager")
+
+    monkeypatch.setattr(torch, "compile", compile_quickly)
+    for net, compile in zip(nets, (False, True)):
+        regularizer = dk.Regularizer(net, dk.make_plan(net, k=4))
+        how = dict(epochs=3, lr=0.05, regularizer=regularizer, progress=False)
+        dk.train(net, batches(), **how, compile=compile, checkpoint=tmp_path / f"{compile}")
+    assert compiled == [nets[1]]
+    for name, value in nets[0].state_dict().items():
+        assert torch.allclose(value, nets[1].state_dict()[name], atol=1e-5), name
+    with pytest.raises(ValueError, match="other settings: compile=True, not False"):
+        dk.train(nets[1], batches(), **how, checkpoint=tmp_path / "True")
+
+
 def test_an_optimizer_of_ones_own_does_what_a_plain_loop_does():
     net, plain = network(), network()
     quick(net, batches(), lr=0.01, schedule="constant", optimizer=partial(torch.optim.AdamW, weight_decay=0.3))
