@@ -47,6 +47,43 @@ def _unknown(names, known): # the first name that is not known, with the closest
             return f"{name!r} (did you mean {lower[close[0]]!r}?)" if close else repr(name)
     return ""
 
+# %% ../nbs/40_cli.ipynb #option
+def _option(text): # "depth=16" → ("depth", 16)
+    name, equals, value = text.partition("=")
+    if not equals or name in ("seed", "num_classes"):
+        raise ValueError(f"option={text!r} must read NAME=VALUE; seed and num_classes are no options")
+    try:
+        return name, json.loads(value.lower())
+    except ValueError:
+        raise ValueError(f"option={text!r} must have a number, true or false as its value") from None
+
+# %% ../nbs/40_cli.ipynb #of-torchvision
+def _of_torchvision(name, num_classes, options): # "resnet18", or "torchvision:resnet18"
+    from torchvision import models
+
+    listed, prefix = models.list_models(module=models), "torchvision:"
+    known = [prefix + one for one in listed] if name.startswith(prefix) else [*MODELS, *listed]
+    if unknown := _unknown([name], known):
+        others = "a classifier of torchvision, or module:function"
+        raise ValueError(f"arch={unknown} must be one of {', '.join(MODELS)}, {others}")
+    return build(prefix + name.removeprefix(prefix), num_classes, **options)
+
+# %% ../nbs/40_cli.ipynb #known
+def _known(name, num_classes, options):
+    if name in MODELS:
+        return build(name, num_classes or 10, **options)
+    return _of_torchvision(name, num_classes or 1000, options)
+
+# %% ../nbs/40_cli.ipynb #own
+def _own(name, num_classes, options): # "module:function"
+    module, _, function = name.partition(":")
+    classes = {"num_classes": num_classes} if num_classes else {}
+    sys.path.insert(0, "")  # the present folder, as for `python -m`
+    try:
+        return getattr(import_module(module), function)(**classes, **options)
+    finally:
+        sys.path.remove("")
+
 # %% ../nbs/40_cli.ipynb #network
 def _network(args): # → the network that the options --arch, --num-classes and --option name
     options = dict(map(_option, args.option))
@@ -62,72 +99,23 @@ def _network(args): # → the network that the options --arch, --num-classes and
         raise ValueError(f"arch={args.arch!r} makes a {type(model).__name__}, which is no network")
     return model
 
-# %% ../nbs/40_cli.ipynb #known
-def _known(name, num_classes, options):
-    if name in MODELS:
-        return build(name, num_classes or 10, **options)
-    return _of_torchvision(name, num_classes or 1000, options)
+# %% ../nbs/40_cli.ipynb #kinds
+def _kinds(names): # "Conv2d" → nn.Conv2d
+    found = tuple(getattr(nn, name, None) for name in names)
+    for name, kind in zip(names, found):
+        if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+            raise ValueError(f"include={name!r} must be a layer of torch.nn, such as Conv2d, ConvTranspose2d or Linear")
+    return found
 
-# %% ../nbs/40_cli.ipynb #of-torchvision
-def _of_torchvision(name, num_classes, options): # "resnet18", or "torchvision:resnet18"
-    from torchvision import models
+# %% ../nbs/40_cli.ipynb #named-plan
+CHOICES = ("first", "sparsity", "layout", "include", "exclude")  # of `compress`, where the plan has no name
 
-    listed, prefix = models.list_models(module=models), "torchvision:"
-    known = [prefix + one for one in listed] if name.startswith(prefix) else [*MODELS, *listed]
-    if unknown := _unknown([name], known):
-        others = "a classifier of torchvision, or module:function"
-        raise ValueError(f"arch={unknown} must be one of {', '.join(MODELS)}, {others}")
-    return build(prefix + name.removeprefix(prefix), num_classes, **options)
 
-# %% ../nbs/40_cli.ipynb #own
-def _own(name, num_classes, options): # "module:function"
-    module, _, function = name.partition(":")
-    classes = {"num_classes": num_classes} if num_classes else {}
-    sys.path.insert(0, "")  # the present folder, as for `python -m`
-    try:
-        return getattr(import_module(module), function)(**classes, **options)
-    finally:
-        sys.path.remove("")
-
-# %% ../nbs/40_cli.ipynb #option
-def _option(text): # "depth=16" → ("depth", 16)
-    name, equals, value = text.partition("=")
-    if not equals or name in ("seed", "num_classes"):
-        raise ValueError(f"option={text!r} must read NAME=VALUE; seed and num_classes are no options")
-    try:
-        return name, json.loads(value.lower())
-    except ValueError:
-        raise ValueError(f"option={text!r} must have a number, true or false as its value") from None
-
-# %% ../nbs/40_cli.ipynb #compress
-def _compress(args): # → data, text
-    place_for_file(args.output, args.model)
-    model = load_weights(_network(args), args.model)
-    images = _images(args, model) if args.data else None
-    before = images and _accuracy(model, images)
-    plan = _plan(args, model)
-    report = share(model, plan, codes=plan.codes, seed=args.seed, progress=_on_terminal())
-    data, text = _saved(args, model, report)
-    if not images:
-        return data, text
-    after = _accuracy(load_compressed(args.output, _network(args), max_bytes=inf), images)
-    more, line = _before_and_after(images, before, after)
-    return data | more, f"{text}\n{line}"
-
-# %% ../nbs/40_cli.ipynb #saved
-def _saved(args, model, report): # → data, text
-    size = save_compressed(model, args.output, codebook_dtype=args.codebook)
-    dense = int(compression(model, coding="file").dense_bits) // 8
-    sizes = dict(file=str(args.output), bytes=size, dense_bytes=dense, ratio=dense / size)
-    text = f"{report}\n\n{args.output}: {dense:,} → {size:,} bytes, {dense / size:.2f}× smaller"
-    return sizes | dict(layers=report.lines, skipped=report.skipped), text
-
-# %% ../nbs/40_cli.ipynb #before-and-after
-def _before_and_after(images, before, after): # → data, text
-    data = dict(data=images.name, images=images.count, before=before._asdict(), after=after._asdict())
-    top1 = f"top-1 {before.top1:.2f} → {after.top1:.2f} %"
-    top5 = f"top-5 {before.top5:.2f} → {after.top5:.2f} %"
-    return data, f"{images.name}: {top1}, {top5} of {images.count:,} images"
+def _named_plan(name, model, chosen):
+    if chosen:
+        given = ", ".join(f"{option}={value!r}" for option, value in chosen.items())
+        raise ValueError(f"{given} cannot be given with --plan {name}, which says it for each layer")
+    return named_plan(name, model)
 
 # %% ../nbs/40_cli.ipynb #plan
 def _plan(args, model):
@@ -142,44 +130,9 @@ def _plan(args, model):
         raise ValueError(f"sparsity={args.sparsity} cannot be given with --ratio, which chooses it for each layer")
     return allocate(model, args.ratio, coding="file", seed=args.seed, progress=_on_terminal(), **chosen)
 
-# %% ../nbs/40_cli.ipynb #named-plan
-CHOICES = ("first", "sparsity", "layout", "include", "exclude")  # of `compress`, where the plan has no name
-
-
-def _named_plan(name, model, chosen):
-    if chosen:
-        given = ", ".join(f"{option}={value!r}" for option, value in chosen.items())
-        raise ValueError(f"{given} cannot be given with --plan {name}, which says it for each layer")
-    return named_plan(name, model)
-
-# %% ../nbs/40_cli.ipynb #kinds
-def _kinds(names): # "Conv2d" → nn.Conv2d
-    found = tuple(getattr(nn, name, None) for name in names)
-    for name, kind in zip(names, found):
-        if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-            raise ValueError(f"include={name!r} must be a layer of torch.nn, such as Conv2d, ConvTranspose2d or Linear")
-    return found
-
 # %% ../nbs/40_cli.ipynb #on-terminal
 def _on_terminal(): # is a bar of use?
     return sys.stderr.isatty()
-
-# %% ../nbs/40_cli.ipynb #inspect
-def _inspect(args):
-    report = inspect(args.file, max_bytes=args.max_bytes)
-    data = dict(file=str(args.file), bytes=report.bytes, architecture=report.architecture, lines=report.lines)
-    return data, str(report)
-
-# %% ../nbs/40_cli.ipynb #decompress
-def _decompress(args):
-    from safetensors.torch import save
-
-    place_for_file(args.output, shelf.find(args.file))
-    state = decompress(args.file, max_bytes=args.max_bytes)
-    content = save({name: tensor.clone() for name, tensor in state.items()})  # tied tensors apart
-    write_file(args.output, content)
-    text = f"{args.output}: {len(state)} tensors in {len(content):,} bytes"
-    return dict(file=str(args.output), bytes=len(content), tensors=len(state)), text
 
 # %% ../nbs/40_cli.ipynb #images
 class _Images(NamedTuple):
@@ -206,6 +159,66 @@ def _accuracy(model, images):
     except (RuntimeError, IndexError) as error:  # as torch says it, of layers or of labels beyond the outputs
         raise ValueError(f"the network does not take the images and labels of {images.name}: {error}") from None
 
+# %% ../nbs/40_cli.ipynb #before-and-after
+def _before_and_after(images, before, after): # → data, text
+    data = dict(data=images.name, images=images.count, before=before._asdict(), after=after._asdict())
+    top1 = f"top-1 {before.top1:.2f} → {after.top1:.2f} %"
+    top5 = f"top-5 {before.top5:.2f} → {after.top5:.2f} %"
+    return data, f"{images.name}: {top1}, {top5} of {images.count:,} images"
+
+# %% ../nbs/40_cli.ipynb #saved
+def _saved(args, model, report): # → data, text
+    size = save_compressed(model, args.output, codebook_dtype=args.codebook)
+    dense = int(compression(model, coding="file").dense_bits) // 8
+    sizes = dict(file=str(args.output), bytes=size, dense_bytes=dense, ratio=dense / size)
+    text = f"{report}\n\n{args.output}: {dense:,} → {size:,} bytes, {dense / size:.2f}× smaller"
+    return sizes | dict(layers=report.lines, skipped=report.skipped), text
+
+# %% ../nbs/40_cli.ipynb #compress
+def _compress(args): # → data, text
+    place_for_file(args.output, args.model)
+    model = load_weights(_network(args), args.model)
+    images = _images(args, model) if args.data else None
+    before = images and _accuracy(model, images)
+    plan = _plan(args, model)
+    report = share(model, plan, codes=plan.codes, seed=args.seed, progress=_on_terminal())
+    data, text = _saved(args, model, report)
+    if not images:
+        return data, text
+    after = _accuracy(load_compressed(args.output, _network(args), max_bytes=inf), images)
+    more, line = _before_and_after(images, before, after)
+    return data | more, f"{text}\n{line}"
+
+# %% ../nbs/40_cli.ipynb #inspect
+def _inspect(args):
+    report = inspect(args.file, max_bytes=args.max_bytes)
+    data = dict(file=str(args.file), bytes=report.bytes, architecture=report.architecture, lines=report.lines)
+    return data, str(report)
+
+# %% ../nbs/40_cli.ipynb #decompress
+def _decompress(args):
+    from safetensors.torch import save
+
+    place_for_file(args.output, shelf.find(args.file))
+    state = decompress(args.file, max_bytes=args.max_bytes)
+    content = save({name: tensor.clone() for name, tensor in state.items()})  # tied tensors apart
+    write_file(args.output, content)
+    text = f"{args.output}: {len(state)} tensors in {len(content):,} bytes"
+    return dict(file=str(args.output), bytes=len(content), tensors=len(state)), text
+
+# %% ../nbs/40_cli.ipynb #card-for
+def _card_for(file, images): # the card of a file, when it tells of these images
+    card = shelf.card_of(file)
+    if card.fingerprint != images.fingerprint:
+        theirs, ours = f"{card.data} ({card.fingerprint})", f"{images.name} ({images.fingerprint})"
+        raise ValueError(f"record {card.record} is of {theirs}, but --data is {ours}; leave --record out")
+    return card
+
+# %% ../nbs/40_cli.ipynb #beside-record
+def _beside_record(card, top1): # → data, text
+    data = dict(record=card.record, recorded_top1=card.top1, standard_error=shelf.standard_error(card))
+    return data, shelf.against_record(card, top1)
+
 # %% ../nbs/40_cli.ipynb #load
 def _load(args, path, **how): # the network in a file; --arch says what it is where the file does not
     return load_compressed(path, _network(args) if args.arch else None, max_bytes=args.max_bytes, **how)
@@ -224,19 +237,6 @@ def _evaluate(args):
     data, line = _beside_record(card, accuracy.top1)
     return measured | data, f"{text}\n{line}"
 
-# %% ../nbs/40_cli.ipynb #card-for
-def _card_for(file, images): # the card of a file, when it tells of these images
-    card = shelf.card_of(file)
-    if card.fingerprint != images.fingerprint:
-        theirs, ours = f"{card.data} ({card.fingerprint})", f"{images.name} ({images.fingerprint})"
-        raise ValueError(f"record {card.record} is of {theirs}, but --data is {ours}; leave --record out")
-    return card
-
-# %% ../nbs/40_cli.ipynb #beside-record
-def _beside_record(card, top1): # → data, text
-    data = dict(record=card.record, recorded_top1=card.top1, standard_error=shelf.standard_error(card))
-    return data, shelf.against_record(card, top1)
-
 # %% ../nbs/40_cli.ipynb #list
 def _list(args):
     import pandas as pd
@@ -248,10 +248,26 @@ def _list(args):
     lines = pd.DataFrame(shelf.table(found)).set_index("name")
     return data, f"{as_text(lines)}\nlicence of all: {shelf.LICENCE}"
 
-# %% ../nbs/40_cli.ipynb #energy
+# %% ../nbs/40_cli.ipynb #is-file
+def _is_file(network): # or the name of a network?
+    if not network:
+        return False
+    return shelf.find(network).exists() or ("." in network and ":" not in network)
+
+# %% ../nbs/40_cli.ipynb #input
 SIDES = {"lenet5": 28, "tt_conv_cnn": 32, "freshnet_cnn": 32, "wide_resnet": 32}  # pixels; 224 for ImageNet's
 
 
+def _input(args, model): # → (channels, height, width) of an image
+    if args.input:
+        return tuple(args.input)
+    named = getattr(model, "architecture", None)
+    if not named:
+        raise ValueError("energy needs --input C H W for a network that is known by no name")
+    side = SIDES.get(named["name"], 224)
+    return named.get("in_channels", 3), side, side
+
+# %% ../nbs/40_cli.ipynb #energy
 def _energy(args):
     file = args.network if _is_file(args.network) else None
     if (args.network is None) == (args.arch is None) and not file:
@@ -264,22 +280,6 @@ def _energy(args):
     totals = dict(macs=report.macs, full_adders=report.full_adders, total=report.total)
     data = dict(network=named["name"] if named else args.arch, **totals, layers=report.lines)
     return data, f"{report}\n\n{as_text(report.layers)}"
-
-# %% ../nbs/40_cli.ipynb #is-file
-def _is_file(network): # or the name of a network?
-    if not network:
-        return False
-    return shelf.find(network).exists() or ("." in network and ":" not in network)
-
-# %% ../nbs/40_cli.ipynb #input
-def _input(args, model): # → (channels, height, width) of an image
-    if args.input:
-        return tuple(args.input)
-    named = getattr(model, "architecture", None)
-    if not named:
-        raise ValueError("energy needs --input C H W for a network that is known by no name")
-    side = SIDES.get(named["name"], 224)
-    return named.get("in_channels", 3), side, side
 
 # %% ../nbs/40_cli.ipynb #clone
 def _clone(): # the root of the clone in which we are
@@ -301,6 +301,25 @@ def _reproduce(args):
     paths = {name: str(path) for name, path in executed.items()}
     return paths, "\n".join(f"{name}: {path}" for name, path in paths.items())
 
+# %% ../nbs/40_cli.ipynb #parameter
+def _parameter(text):  # NAME=VALUE → a name and the value that Python reads, else the text
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise argparse.ArgumentTypeError(f"{text!r} must read NAME=VALUE")
+    try:
+        return name, literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
+
+# %% ../nbs/40_cli.ipynb #check-parameters
+def _check_parameters(notebook, parameters):
+    from deepkmeans.paper.store import complete_parameters, notebook_parameters
+
+    defaults = notebook_parameters(notebook)
+    if unknown := _unknown(parameters, defaults):
+        raise ValueError(f"there is no parameter {unknown}; nbs/{notebook.name} tells of all")
+    complete_parameters(defaults, parameters)  # raises for another type
+
 # %% ../nbs/40_cli.ipynb #retrain
 def _retrain(args):
     from deepkmeans.paper.suite import execute
@@ -312,25 +331,6 @@ def _retrain(args):
     if failed:
         raise ValueError(f"the main job ended early ({failed}); what it did is in {executed}")
     return {"notebook": str(executed)}, f"executed notebook: {executed}"
-
-# %% ../nbs/40_cli.ipynb #check-parameters
-def _check_parameters(notebook, parameters):
-    from deepkmeans.paper.store import complete_parameters, notebook_parameters
-
-    defaults = notebook_parameters(notebook)
-    if unknown := _unknown(parameters, defaults):
-        raise ValueError(f"there is no parameter {unknown}; nbs/{notebook.name} tells of all")
-    complete_parameters(defaults, parameters)  # raises for another type
-
-# %% ../nbs/40_cli.ipynb #parameter
-def _parameter(text):  # NAME=VALUE → a name and the value that Python reads, else the text
-    name, equals, value = text.partition("=")
-    if not (name and equals):
-        raise argparse.ArgumentTypeError(f"{text!r} must read NAME=VALUE")
-    try:
-        return name, literal_eval(value)
-    except (ValueError, SyntaxError):
-        return name, value
 
 # %% ../nbs/40_cli.ipynb #usage
 class _UsageError(Exception):
@@ -383,22 +383,6 @@ _COMMANDS = {
     "reproduce": "make a table or figure of the paper anew, with the runs that are missing",
 }
 
-# %% ../nbs/40_cli.ipynb #parser
-def _parser():
-    parser = _Parser("deepkmeans", description="Compress convolutional networks by shared weights.")
-    parser.epilog = f"deepkmeans COMMAND --help tells more, with examples. {_EXIT_CODES}"
-    parser.add_argument("--version", action="version", version=f"deepkmeans {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    _compress_options(_checkpoint(_command(commands, "compress", _compress)))
-    _command(commands, "list", _list)
-    _file(_command(commands, "inspect", _inspect))
-    _output(_file(_command(commands, "decompress", _decompress)))
-    _evaluate_options(_command(commands, "evaluate", _evaluate))
-    _energy_options(_command(commands, "energy", _energy))
-    _retrain_options(_command(commands, "retrain", _retrain))
-    _reproduce_options(_command(commands, "reproduce", _reproduce))
-    return parser
-
 # %% ../nbs/40_cli.ipynb #command
 def _command(commands, name, run):
     what = _COMMANDS[name]
@@ -408,16 +392,41 @@ def _command(commands, name, run):
     command.set_defaults(run=run)
     return command
 
-# %% ../nbs/40_cli.ipynb #file
-def _file(command):
-    command.add_argument("file", metavar="FILE", help="a compressed file, or a name that `deepkmeans list` shows")
-    return _limit(command)
+# %% ../nbs/40_cli.ipynb #checked
+def _checked(text, kind, fits, wanted):
+    try:
+        number = kind(text)
+    except ValueError:
+        number = None
+    if number is None or not fits(number):
+        raise argparse.ArgumentTypeError(f"{text!r} must be {wanted}")
+    return number
+
+# %% ../nbs/40_cli.ipynb #positive
+def _positive(text):
+    return _checked(text, int, lambda number: number >= 1, "a whole number of at least 1")
+
+# %% ../nbs/40_cli.ipynb #number
+def _number(text):
+    return _checked(text, float if "." in text else int, lambda number: number > 0, "a number above 0")
 
 # %% ../nbs/40_cli.ipynb #limit
 def _limit(command):
     what = f"the most that a file may unpack to (default: {MAX_BYTES:,})"
     command.add_argument("--max-bytes", type=_positive, default=MAX_BYTES, metavar="N", help=what)
     return command
+
+# %% ../nbs/40_cli.ipynb #file
+def _file(command):
+    command.add_argument("file", metavar="FILE", help="a compressed file, or a name that `deepkmeans list` shows")
+    return _limit(command)
+
+# %% ../nbs/40_cli.ipynb #path
+def _path(text):
+    if text == "-":
+        instead = "nothing is written to the standard output (a file of that name: ./-)"
+        raise argparse.ArgumentTypeError(f"'-' is no file, and {instead}")
+    return Path(text)
 
 # %% ../nbs/40_cli.ipynb #output
 def _output(command, required=True):
@@ -476,21 +485,6 @@ def _reproduce_options(command):
     add("--jobs", type=_positive, default=2, metavar="N", help="processes at a time (default: 2)")
     add("--scheduler", default="", metavar="tcp://HOST:PORT", help="a Dask scheduler")
 
-# %% ../nbs/40_cli.ipynb #checkpoint
-def _checkpoint(command):
-    checkpoint = "a checkpoint: safetensors, or a state dict that loads with weights_only=True"
-    command.add_argument("model", metavar="MODEL", help=checkpoint)
-    return command
-
-# %% ../nbs/40_cli.ipynb #compress-options
-def _compress_options(command, required=True): # shall what `compress` needs be there?
-    _arch_options(command, required)
-    _size_options(command.add_mutually_exclusive_group(required=required))
-    _plan_options(command)
-    _data_options(_output(command, required))
-    file = "take options from a JSON or YAML file, under their long names; what is typed wins"
-    command.add_argument("--config", metavar="FILE", help=file)
-
 # %% ../nbs/40_cli.ipynb #size-options
 SIZES = ("ratio", "K", "rate", "plan")
 
@@ -519,44 +513,44 @@ def _plan_options(command):
     add("--codebook", choices=dtypes, help="type of the codebooks in the file")
     add("--seed", type=int, default=0, help="seed of the clustering (default: 0)")
 
-# %% ../nbs/40_cli.ipynb #positive
-def _positive(text):
-    return _checked(text, int, lambda number: number >= 1, "a whole number of at least 1")
+# %% ../nbs/40_cli.ipynb #checkpoint
+def _checkpoint(command):
+    checkpoint = "a checkpoint: safetensors, or a state dict that loads with weights_only=True"
+    command.add_argument("model", metavar="MODEL", help=checkpoint)
+    return command
 
-# %% ../nbs/40_cli.ipynb #number
-def _number(text):
-    return _checked(text, float if "." in text else int, lambda number: number > 0, "a number above 0")
+# %% ../nbs/40_cli.ipynb #compress-options
+def _compress_options(command, required=True): # shall what `compress` needs be there?
+    _arch_options(command, required)
+    _size_options(command.add_mutually_exclusive_group(required=required))
+    _plan_options(command)
+    _data_options(_output(command, required))
+    file = "take options from a JSON or YAML file, under their long names; what is typed wins"
+    command.add_argument("--config", metavar="FILE", help=file)
 
-# %% ../nbs/40_cli.ipynb #checked
-def _checked(text, kind, fits, wanted):
-    try:
-        number = kind(text)
-    except ValueError:
-        number = None
-    if number is None or not fits(number):
-        raise argparse.ArgumentTypeError(f"{text!r} must be {wanted}")
-    return number
+# %% ../nbs/40_cli.ipynb #parser
+def _parser():
+    parser = _Parser("deepkmeans", description="Compress convolutional networks by shared weights.")
+    parser.epilog = f"deepkmeans COMMAND --help tells more, with examples. {_EXIT_CODES}"
+    parser.add_argument("--version", action="version", version=f"deepkmeans {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _compress_options(_checkpoint(_command(commands, "compress", _compress)))
+    _command(commands, "list", _list)
+    _file(_command(commands, "inspect", _inspect))
+    _output(_file(_command(commands, "decompress", _decompress)))
+    _evaluate_options(_command(commands, "evaluate", _evaluate))
+    _energy_options(_command(commands, "energy", _energy))
+    _retrain_options(_command(commands, "retrain", _retrain))
+    _reproduce_options(_command(commands, "reproduce", _reproduce))
+    return parser
 
-# %% ../nbs/40_cli.ipynb #path
-def _path(text):
-    if text == "-":
-        instead = "nothing is written to the standard output (a file of that name: ./-)"
-        raise argparse.ArgumentTypeError(f"'-' is no file, and {instead}")
-    return Path(text)
-
-# %% ../nbs/40_cli.ipynb #config
-def _with_config(words): # the words after `deepkmeans compress`, those of --config spelled out
-    if {"-h", "--help"} & {*words}:
-        return words
-    finder = _finder()
-    typed, others = finder.parse_known_args(words)
-    _check_options(finder, typed, others)
-    if typed.config is None:
-        return words
-    given = _config(typed.config)
-    if unknown := _unknown(given, {*vars(typed), "model"} - {"config"}):
-        finder.error(f"config={typed.config!r} has an unknown option {unknown}")
-    return [*_config_words(finder, given, typed, others), *words]
+# %% ../nbs/40_cli.ipynb #option-words
+def _option_words(name, value): # ("exclude", ["a", "b"]) → ["--exclude=a", "--exclude=b"]
+    if isinstance(value, bool) and name != "option":
+        return [f"--{name}"] * value
+    if isinstance(value, dict):
+        value = [f"{key}={json.dumps(given)}" for key, given in value.items()]
+    return [f"--{name}={one}" for one in (value if isinstance(value, list) else [value])]
 
 # %% ../nbs/40_cli.ipynb #finder
 def _finder(): # reads the options of `compress`, as many as there are
@@ -595,13 +589,19 @@ def _config_words(finder, given, typed, others): # {"arch": "lenet5", "K": 16} �
         raise _UsageError(f"config={typed.config!r}: {error}") from None
     return model + words
 
-# %% ../nbs/40_cli.ipynb #option-words
-def _option_words(name, value): # ("exclude", ["a", "b"]) → ["--exclude=a", "--exclude=b"]
-    if isinstance(value, bool) and name != "option":
-        return [f"--{name}"] * value
-    if isinstance(value, dict):
-        value = [f"{key}={json.dumps(given)}" for key, given in value.items()]
-    return [f"--{name}={one}" for one in (value if isinstance(value, list) else [value])]
+# %% ../nbs/40_cli.ipynb #config
+def _with_config(words): # the words after `deepkmeans compress`, those of --config spelled out
+    if {"-h", "--help"} & {*words}:
+        return words
+    finder = _finder()
+    typed, others = finder.parse_known_args(words)
+    _check_options(finder, typed, others)
+    if typed.config is None:
+        return words
+    given = _config(typed.config)
+    if unknown := _unknown(given, {*vars(typed), "model"} - {"config"}):
+        finder.error(f"config={typed.config!r} has an unknown option {unknown}")
+    return [*_config_words(finder, given, typed, others), *words]
 
 # %% ../nbs/40_cli.ipynb #print
 PLAIN = str.maketrans({"→": "->", "×": "x", "–": "-", "…": "...", "λ": "lambda"})

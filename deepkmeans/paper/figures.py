@@ -77,6 +77,15 @@ def method_look(
     half = next((side for ending, side in _HALVES.items() if method[len(kin):].startswith(ending)), "full")
     return dict(color=color, marker=mark, fillstyle=half, markerfacecoloralt="white")
 
+# %% ../../nbs/33_figures.ipynb #stage-bars
+def _stage_bars(ax, stages, key, label, form):
+    values = [numbers[key] for numbers in stages.values()]
+    names = [STAGES[stage] for stage in stages]
+    colors = [stage_color(stage) for stage in stages]
+    bars = ax.barh(names, values, color=colors, height=0.7)
+    ax.bar_label(bars, [form.format(value) for value in values], padding=4)
+    ax.set(xlabel=label, xlim=(0, 1.18 * max(values)))
+
 # %% ../../nbs/33_figures.ipynb #stages-figure
 def stages_figure(
     stages: dict, # {stage: {"top1": percent, "kib": size in KiB}}, in the order of STAGES
@@ -90,14 +99,16 @@ def stages_figure(
     left.invert_yaxis()
     return fig
 
-# %% ../../nbs/33_figures.ipynb #stage-bars
-def _stage_bars(ax, stages, key, label, form):
-    values = [numbers[key] for numbers in stages.values()]
-    names = [STAGES[stage] for stage in stages]
-    colors = [stage_color(stage) for stage in stages]
-    bars = ax.barh(names, values, color=colors, height=0.7)
-    ax.bar_label(bars, [form.format(value) for value in values], padding=4)
-    ax.set(xlabel=label, xlim=(0, 1.18 * max(values)))
+# %% ../../nbs/33_figures.ipynb #principal-axes
+def _principal_axes(rows):
+    centred = rows - rows.mean(0)
+    return torch.linalg.svd(centred, full_matrices=False).Vh[:2].T  # (d, 2)
+
+# %% ../../nbs/33_figures.ipynb #along
+def _along(rows, axes):  # (n, d) → abscissas and ordinates; single numbers lie on a line
+    if rows.shape[1] == 1:
+        return rows[:, 0].tolist(), [0.0] * len(rows)
+    return (rows @ axes).T.tolist()
 
 # %% ../../nbs/33_figures.ipynb #rows-figure
 def rows_figure(
@@ -122,16 +133,18 @@ def rows_figure(
     fig.legend([crosses], [f"centres of the codebook, k = {len(codebook)}"], loc="outside lower center", frameon=False)
     return fig
 
-# %% ../../nbs/33_figures.ipynb #principal-axes
-def _principal_axes(rows):
-    centred = rows - rows.mean(0)
-    return torch.linalg.svd(centred, full_matrices=False).Vh[:2].T  # (d, 2)
+# %% ../../nbs/33_figures.ipynb #straight
+def _straight(ax, epochs, values):
+    ax.plot(epochs, values, "o-")
 
-# %% ../../nbs/33_figures.ipynb #along
-def _along(rows, axes):  # (n, d) → abscissas and ordinates; single numbers lie on a line
-    if rows.shape[1] == 1:
-        return rows[:, 0].tolist(), [0.0] * len(rows)
-    return (rows @ axes).T.tolist()
+# %% ../../nbs/33_figures.ipynb #over-decades
+def _over_decades(ax, epochs, values):
+    floor = 1e-6 * max(values)
+    seen = [value if value > floor else float("nan") for value in values]
+    ax.plot(epochs, seen, "o-")
+    ax.set_yscale("log")
+    lost = [epoch for epoch, value in zip(epochs, values) if value <= floor]
+    ax.plot(lost, [0.0] * len(lost), "v", transform=ax.get_xaxis_transform(), color="C0", clip_on=False)
 
 # %% ../../nbs/33_figures.ipynb #history-figure
 HISTORY = {
@@ -158,18 +171,23 @@ def history_figure(
         ax.xaxis.get_major_locator().set_params(integer=True)
     return fig
 
-# %% ../../nbs/33_figures.ipynb #straight
-def _straight(ax, epochs, values):
-    ax.plot(epochs, values, "o-")
+# %% ../../nbs/33_figures.ipynb #grid
+def _grid(kernels, columns):  # (count, h, w) -> one picture with gaps between the kernels
+    count, height, width = kernels.shape
+    lines = -(-count // columns)
+    padded = torch.full((lines * columns, height + 1, width + 1), float("nan"))
+    padded[:count, :-1, :-1] = kernels
+    return padded.view(lines, columns, height + 1, width + 1).transpose(1, 2).flatten(2).flatten(0, 1)
 
-# %% ../../nbs/33_figures.ipynb #over-decades
-def _over_decades(ax, epochs, values):
-    floor = 1e-6 * max(values)
-    seen = [value if value > floor else float("nan") for value in values]
-    ax.plot(epochs, seen, "o-")
-    ax.set_yscale("log")
-    lost = [epoch for epoch, value in zip(epochs, values) if value <= floor]
-    ax.plot(lost, [0.0] * len(lost), "v", transform=ax.get_xaxis_transform(), color="C0", clip_on=False)
+# %% ../../nbs/33_figures.ipynb #frames
+def _frames(ax, kernels, columns):
+    from matplotlib.patches import Rectangle
+
+    count, height, width = kernels.shape
+    for i in range(count):
+        corner = i % columns * (width + 1) - 0.5, i // columns * (height + 1) - 0.5
+        frame = {"fill": False, "edgecolor": "0.5", "linewidth": 0.8, "clip_on": False}
+        ax.add_patch(Rectangle(corner, width, height, **frame))
 
 # %% ../../nbs/33_figures.ipynb #filters-figure
 def filters_figure(
@@ -190,27 +208,23 @@ def filters_figure(
     fig.colorbar(image, ax=panels, label="weight", shrink=0.8, pad=0.02)
     return fig
 
-# %% ../../nbs/33_figures.ipynb #grid
-def _grid(kernels, columns):  # (count, h, w) -> one picture with gaps between the kernels
-    count, height, width = kernels.shape
-    lines = -(-count // columns)
-    padded = torch.full((lines * columns, height + 1, width + 1), float("nan"))
-    padded[:count, :-1, :-1] = kernels
-    return padded.view(lines, columns, height + 1, width + 1).transpose(1, 2).flatten(2).flatten(0, 1)
+# %% ../../nbs/33_figures.ipynb #gathered
+def _gathered(frame, most):  # the layers with the least energy become one line
+    if len(frame) <= most:
+        return frame
+    small = frame.drop(frame.sum(axis=1).nlargest(most - 1).index)
+    kept = frame.drop(small.index)
+    kept.loc[f"{len(small)} other layers"] = small.sum()
+    return kept
 
-# %% ../../nbs/33_figures.ipynb #frames
-def _frames(ax, kernels, columns):
-    from matplotlib.patches import Rectangle
-
-    count, height, width = kernels.shape
-    for i in range(count):
-        corner = i % columns * (width + 1) - 0.5, i // columns * (height + 1) - 0.5
-        frame = {"fill": False, "edgecolor": "0.5", "linewidth": 0.8, "clip_on": False}
-        ax.add_patch(Rectangle(corner, width, height, **frame))
+# %% ../../nbs/33_figures.ipynb #unit
+def _unit(value):
+    exponent = next((e for e in (9, 6, 3) if value >= 10 ** e), 0)
+    return 10 ** exponent, {9: "10⁹", 6: "10⁶", 3: "10³", 0: ""}[exponent]
 
 # %% ../../nbs/33_figures.ipynb #energy-figure
 def energy_figure(
-    report, # what `energy` returned
+    report: "deepkmeans.hardware.EnergyReport", # what `energy` returned
     most: int = 20, # at most so many bars; the layers with the least energy are summed up in one
 ):
     """Energy of each layer in the order of the network, a bar of three parts; a tick marks the dense layer."""
@@ -230,30 +244,20 @@ def energy_figure(
     fig.legend(loc="outside upper center", ncols=4, **style)
     return fig
 
-# %% ../../nbs/33_figures.ipynb #gathered
-def _gathered(frame, most):  # the layers with the least energy become one line
-    if len(frame) <= most:
-        return frame
-    small = frame.drop(frame.sum(axis=1).nlargest(most - 1).index)
-    kept = frame.drop(small.index)
-    kept.loc[f"{len(small)} other layers"] = small.sum()
-    return kept
-
-# %% ../../nbs/33_figures.ipynb #unit
-def _unit(value):
-    exponent = next((e for e in (9, 6, 3) if value >= 10 ** e), 0)
-    return 10 ** exponent, {9: "10⁹", 6: "10⁶", 3: "10³", 0: ""}[exponent]
-
 # %% ../../nbs/33_figures.ipynb #disk-ratio
 _ON_DISK = ("network file", "network huffman", "network entropy", "network log2", "network parameters")
 
 
 def disk_ratio(
-    frame, # as `tables.compare` gives it
+    frame: "pandas.DataFrame", # as `tables.compare` gives it
 ): # a pandas series
     """How much smaller the network is on disk: by the bytes of its file or, failing that, by the next best coding."""
     counted = frame.reindex(columns=list(_ON_DISK)).astype(float)
     return counted.bfill(axis=1).iloc[:, 0]
+
+# %% ../../nbs/33_figures.ipynb #place
+def _place(ax, x):  # 0 at the left edge of the picture, 1 at its right
+    return ax.transAxes.inverted().transform(ax.transData.transform((x, 0)))[0]
 
 # %% ../../nbs/33_figures.ipynb #arrows
 def _arrows(ax, points, floor):  # points: (x, value, colour), all below the floor
@@ -269,10 +273,6 @@ def _arrows(ax, points, floor):  # points: (x, value, colour), all below the flo
         label = ax.annotate(text, (x, floor), (0, 8 + height), **place, fontsize=9, color=color)
         label.set_bbox(dict(facecolor="white", edgecolor="none", alpha=0.8, pad=0.5))
 
-# %% ../../nbs/33_figures.ipynb #place
-def _place(ax, x):  # 0 at the left edge of the picture, 1 at its right
-    return ax.transAxes.inverted().transform(ax.transData.transform((x, 0)))[0]
-
 # %% ../../nbs/33_figures.ipynb #ratio-axis
 _TICKS = (1, 1.5, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 30, 40, 50, 60, 80, 100, 150, 200)
 
@@ -284,9 +284,64 @@ def _ratio_axis(ax, low, high):
     ax.set_xticks(apart, [f"{tick:g}" for tick in apart], minor=False)
     ax.minorticks_off()
 
+# %% ../../nbs/33_figures.ipynb #reported
+def _reported(points):  # the paper's numbers, each once, at the method that is known best
+    known = list(_LOOKS)
+    rank = points.method.map(lambda method: known.index(method) if method in known else len(known))
+    ordered = points.assign(rank=rank).sort_values("rank", kind="stable")
+    return ordered[ordered.paper.notna()].drop_duplicates(["nominal", "paper"])
+
+# %% ../../nbs/33_figures.ipynb #paper-look
+def _paper_look(method):
+    mark = dict(marker=method_look(method)["marker"], markersize=8, fillstyle="none")
+    return dict(color="0.6", linestyle=":", linewidth=1, **mark)
+
+# %% ../../nbs/33_figures.ipynb #draw-paper
+def _draw_paper(ax, said, floor):  # → what lies below the picture: (x, value, colour)
+    for method, lines in said.groupby("method", sort=False):
+        lines = lines.sort_values("nominal")
+        ax.plot(lines.nominal, lines.paper.clip(lower=floor), **_paper_look(method))
+    below = said[said.paper < floor]
+    return [(x, value, "0.5") for x, value in zip(below.nominal, below.paper)]
+
+# %% ../../nbs/33_figures.ipynb #draw-ours
+def _draw_ours(ax, ended, floor):  # → what lies below the picture: (x, value, colour)
+    for method, lines in ended.groupby("method", sort=False):
+        lines = lines.sort_values("x")
+        error = lines.error.where(lines.change >= floor)
+        style = dict(label=method, markersize=7, linewidth=1.2, capsize=3, zorder=4)
+        ax.errorbar(lines.x, lines.change.clip(lower=floor), error, **method_look(method), **style)
+    below = ended[ended.change < floor]
+    return [(line.x, line.change, method_look(line.method)["color"]) for line in below.itertuples()]
+
+# %% ../../nbs/33_figures.ipynb #at-right
+def _at_right(ax, y, text):  # beside a horizontal line, outside of the picture
+    place = dict(xycoords=("axes fraction", "data"), textcoords="offset points", va="center", annotation_clip=False)
+    ax.annotate(text, (1, y), (5, 0), **place, color="0.15", fontsize=10)
+
+# %% ../../nbs/33_figures.ipynb #draw-dense
+def _draw_dense(ax, lines):  # the baseline at zero, and what training on without compression is worth
+    ax.axhline(0, color="0.8", linewidth=1, zorder=0)
+    for line in lines.itertuples():
+        ax.axhline(line.change, color="0.15", linewidth=1.8, zorder=1)
+        _at_right(ax, line.change, f"{line.method}: {line.change:+.1f}".replace("-", "−").replace(", ", ",\n"))
+
+# %% ../../nbs/33_figures.ipynb #change-legend
+def _change_legend(fig, ax, points, said):  # ours first, the paper's, and what is in no picture
+    run = set(points.method[points.ended > 0])
+    if len(said):
+        ax.plot([], [], **_paper_look("Deep k-Means"), label="the paper's: same mark,\ngrey and hollow")
+    for method in said.method[~said.method.isin(run)].unique():
+        ax.plot([], [], **_paper_look(method), label=f"{method}: the paper's only")
+    absent = [method for method in points.method.unique() if method not in run | set(said.method)]
+    if absent:
+        ax.plot([], [], " ", label="\n".join(["not run:", *absent]))
+    entries = sorted(zip(*ax.get_legend_handles_labels()), key=lambda entry: not hasattr(entry[0], "has_yerr"))
+    fig.legend(*zip(*entries), loc="outside right upper", frameon=False, fontsize=10)
+
 # %% ../../nbs/33_figures.ipynb #change-figure
 def change_figure(
-    frame, # as `tables.compare` gives it
+    frame: "pandas.DataFrame", # as `tables.compare` gives it
     x: str = "", # column with the ratio of ours; empty: that on disk
     *,
     floor: float, # the lower edge is nowhere below it, points
@@ -309,60 +364,48 @@ def change_figure(
     _change_legend(fig, ax, points, said)
     return fig
 
-# %% ../../nbs/33_figures.ipynb #reported
-def _reported(points):  # the paper's numbers, each once, at the method that is known best
-    known = list(_LOOKS)
-    rank = points.method.map(lambda method: known.index(method) if method in known else len(known))
-    ordered = points.assign(rank=rank).sort_values("rank", kind="stable")
-    return ordered[ordered.paper.notna()].drop_duplicates(["nominal", "paper"])
+# %% ../../nbs/33_figures.ipynb #horizontal
+def _horizontal(ax, x, ratios):
+    if ratios:
+        _ratio_axis(ax, 0.85 * x.min(), 1.15 * x.max())
+    else:
+        span = x.max() - x.min()
+        ax.set_xlim(x.min() - 0.04 * span, x.max() + 0.04 * span)
 
-# %% ../../nbs/33_figures.ipynb #draw-paper
-def _draw_paper(ax, said, floor):  # → what lies below the picture: (x, value, colour)
-    for method, lines in said.groupby("method", sort=False):
-        lines = lines.sort_values("nominal")
-        ax.plot(lines.nominal, lines.paper.clip(lower=floor), **_paper_look(method))
-    below = said[said.paper < floor]
-    return [(x, value, "0.5") for x, value in zip(below.nominal, below.paper)]
+# %% ../../nbs/33_figures.ipynb #draw-base
+def _draw_base(ax, base):
+    if base is not None:
+        ax.axhline(base, color="0.15", linewidth=1.5, zorder=1)
+        place = dict(xycoords=("axes fraction", "data"), textcoords="offset points", ha="right")
+        ax.annotate(f"dense network: {base:.2f} %", (1, base), (-4, 4), **place, fontsize=10, color="0.15")
 
-# %% ../../nbs/33_figures.ipynb #paper-look
-def _paper_look(method):
-    mark = dict(marker=method_look(method)["marker"], markersize=8, fillstyle="none")
-    return dict(color="0.6", linestyle=":", linewidth=1, **mark)
+# %% ../../nbs/33_figures.ipynb #draw-curves
+_GREYS = (dict(color="0.35", linestyle="--"), dict(color="0.65", linestyle=":"))
 
-# %% ../../nbs/33_figures.ipynb #draw-ours
-def _draw_ours(ax, ended, floor):  # → what lies below the picture: (x, value, colour)
-    for method, lines in ended.groupby("method", sort=False):
-        lines = lines.sort_values("x")
-        error = lines.error.where(lines.change >= floor)
-        style = dict(label=method, markersize=7, linewidth=1.2, capsize=3, zorder=4)
-        ax.errorbar(lines.x, lines.change.clip(lower=floor), error, **method_look(method), **style)
-    below = ended[ended.change < floor]
-    return [(line.x, line.change, method_look(line.method)["color"]) for line in below.itertuples()]
 
-# %% ../../nbs/33_figures.ipynb #draw-dense
-def _draw_dense(ax, lines):  # the baseline at zero, and what training on without compression is worth
-    ax.axhline(0, color="0.8", linewidth=1, zorder=0)
-    for line in lines.itertuples():
-        ax.axhline(line.change, color="0.15", linewidth=1.8, zorder=1)
-        _at_right(ax, line.change, f"{line.method}: {line.change:+.1f}".replace("-", "−").replace(", ", ",\n"))
+def _draw_curves(ax, points, looks, floor):
+    papers = [method for method in looks if (points.paper & (points.method == method)).any()]
+    lost = []
+    for method, (text, color, mark) in looks.items():
+        for from_paper, curve in points[points.method == method].groupby("paper"):
+            curve = curve.sort_values("x")
+            grey = _GREYS[papers.index(method) % 2] if from_paper else {}
+            style = dict(color=color, linestyle="-", label=text) | grey
+            if from_paper:
+                style |= dict(label=f"paper: {text}", fillstyle="none", linewidth=1.4)
+            ax.plot(curve.x, curve.top1.where(curve.top1 >= (floor or 0)), marker=mark, markersize=5, **style)
+            low, high = curve.top1 - curve.sd, curve.top1 + curve.sd
+            ax.fill_between(curve.x, low, high, color=style["color"], alpha=0.2, linewidth=0)
+            lost += [(point.x, point.top1, style["color"]) for point in curve.itertuples() if point.top1 < (floor or 0)]
+    if lost:
+        _arrows(ax, lost, floor)
+        ax.plot([], [], "v", color="0.5", label="below the picture, with its value")
 
-# %% ../../nbs/33_figures.ipynb #at-right
-def _at_right(ax, y, text):  # beside a horizontal line, outside of the picture
-    place = dict(xycoords=("axes fraction", "data"), textcoords="offset points", va="center", annotation_clip=False)
-    ax.annotate(text, (1, y), (5, 0), **place, color="0.15", fontsize=10)
-
-# %% ../../nbs/33_figures.ipynb #change-legend
-def _change_legend(fig, ax, points, said):  # ours first, the paper's, and what is in no picture
-    run = set(points.method[points.ended > 0])
-    if len(said):
-        ax.plot([], [], **_paper_look("Deep k-Means"), label="the paper's: same mark,\ngrey and hollow")
-    for method in said.method[~said.method.isin(run)].unique():
-        ax.plot([], [], **_paper_look(method), label=f"{method}: the paper's only")
-    absent = [method for method in points.method.unique() if method not in run | set(said.method)]
-    if absent:
-        ax.plot([], [], " ", label="\n".join(["not run:", *absent]))
-    entries = sorted(zip(*ax.get_legend_handles_labels()), key=lambda entry: not hasattr(entry[0], "has_yerr"))
-    fig.legend(*zip(*entries), loc="outside right upper", frameon=False, fontsize=10)
+# %% ../../nbs/33_figures.ipynb #curves-legend
+def _curves_legend(fig, axes):  # ours first, then the paper's
+    found = {text: handle for ax in axes for handle, text in zip(*ax.get_legend_handles_labels())}
+    texts = sorted(found, key=lambda text: (text.startswith("below"), text.startswith("paper: ")))
+    fig.legend([found[text] for text in texts], texts, loc="outside lower center", ncols=3, frameon=False)
 
 # %% ../../nbs/33_figures.ipynb #curves-figure
 def curves_figure(
@@ -389,52 +432,20 @@ def curves_figure(
     _curves_legend(fig, axes[0])
     return fig
 
-# %% ../../nbs/33_figures.ipynb #horizontal
-def _horizontal(ax, x, ratios):
-    if ratios:
-        _ratio_axis(ax, 0.85 * x.min(), 1.15 * x.max())
-    else:
-        span = x.max() - x.min()
-        ax.set_xlim(x.min() - 0.04 * span, x.max() + 0.04 * span)
-
-# %% ../../nbs/33_figures.ipynb #draw-base
-def _draw_base(ax, base):
-    if base is not None:
-        ax.axhline(base, color="0.15", linewidth=1.5, zorder=1)
-        place = dict(xycoords=("axes fraction", "data"), textcoords="offset points", ha="right")
-        ax.annotate(f"dense network: {base:.2f} %", (1, base), (-4, 4), **place, fontsize=10, color="0.15")
-
-# %% ../../nbs/33_figures.ipynb #curves-legend
-def _curves_legend(fig, axes):  # ours first, then the paper's
-    found = {text: handle for ax in axes for handle, text in zip(*ax.get_legend_handles_labels())}
-    texts = sorted(found, key=lambda text: (text.startswith("below"), text.startswith("paper: ")))
-    fig.legend([found[text] for text in texts], texts, loc="outside lower center", ncols=3, frameon=False)
-
-# %% ../../nbs/33_figures.ipynb #draw-curves
-_GREYS = (dict(color="0.35", linestyle="--"), dict(color="0.65", linestyle=":"))
+# %% ../../nbs/33_figures.ipynb #draw-times
+_TIME_COLORS = ("C2", "C0", "C3", "C1", "C4", "C9", "C7", "0.2", "C5", "C8")
 
 
-def _draw_curves(ax, points, looks, floor):
-    papers = [method for method in looks if (points.paper & (points.method == method)).any()]
-    lost = []
-    for method, (text, color, mark) in looks.items():
-        for from_paper, curve in points[points.method == method].groupby("paper"):
-            curve = curve.sort_values("x")
-            grey = _GREYS[papers.index(method) % 2] if from_paper else {}
-            style = dict(color=color, linestyle="-", label=text) | grey
-            if from_paper:
-                style |= dict(label=f"paper: {text}", fillstyle="none", linewidth=1.4)
-            ax.plot(curve.x, curve.top1.where(curve.top1 >= (floor or 0)), marker=mark, markersize=5, **style)
-            low, high = curve.top1 - curve.sd, curve.top1 + curve.sd
-            ax.fill_between(curve.x, low, high, color=style["color"], alpha=0.2, linewidth=0)
-            lost += [(point.x, point.top1, style["color"]) for point in curve.itertuples() if point.top1 < (floor or 0)]
-    if lost:
-        _arrows(ax, lost, floor)
-        ax.plot([], [], "v", color="0.5", label="below the picture, with its value")
+def _draw_times(ax, side, i, spent):  # of method i; the first, ours, is a diamond above the others
+    color = _TIME_COLORS[i % len(_TIME_COLORS)]
+    shape = dict(marker="o", markersize=6, zorder=2) if i else dict(marker="D", markersize=8, zorder=3)
+    ax.plot(spent, range(len(spent)), color=color, linestyle="", label=spent.name, **shape)
+    missing = [y for y, seconds in enumerate(spent) if isnan(seconds)]
+    side.plot([i] * len(missing), missing, "x", color=color, markeredgewidth=1.8)
 
 # %% ../../nbs/33_figures.ipynb #times-figure
 def times_figure(
-    seconds, # a pandas frame: problems × methods, ours in the first column; empty: not run
+    seconds: "pandas.DataFrame", # problems × methods, ours in the first column; empty: not run
     label: str, # of the horizontal axis
     absent: str, # why a method was not run
 ):
@@ -454,14 +465,3 @@ def times_figure(
     side.spines[:].set_visible(False)
     fig.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     return fig
-
-# %% ../../nbs/33_figures.ipynb #draw-times
-_TIME_COLORS = ("C2", "C0", "C3", "C1", "C4", "C9", "C7", "0.2", "C5", "C8")
-
-
-def _draw_times(ax, side, i, spent):  # of method i; the first, ours, is a diamond above the others
-    color = _TIME_COLORS[i % len(_TIME_COLORS)]
-    shape = dict(marker="o", markersize=6, zorder=2) if i else dict(marker="D", markersize=8, zorder=3)
-    ax.plot(spent, range(len(spent)), color=color, linestyle="", label=spent.name, **shape)
-    missing = [y for y, seconds in enumerate(spent) if isnan(seconds)]
-    side.plot([i] * len(missing), missing, "x", color=color, markeredgewidth=1.8)

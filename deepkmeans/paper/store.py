@@ -44,6 +44,34 @@ def user_errors():
     except (ValueError, FileNotFoundError, ImportError) as error:
         raise UserError(str(error)) from None
 
+# %% ../../nbs/30_store.ipynb #typed
+def _typed(name, value, kind):  # the value of a parameter; a whole number does for a float, and True is no number
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise UserError(f"{name}={value!r} must be of type {kind.__name__}")
+    return value
+
+# %% ../../nbs/30_store.ipynb #hint
+def _hint(name, names):
+    known = {other.lower(): other for other in names}
+    close = get_close_matches(name.lower(), known, n=1)
+    return f"; did you mean {known[close[0]]}?" if close else "."
+
+# %% ../../nbs/30_store.ipynb #not-annotated
+def _not_annotated(namespace, types):  # names of plain values, such as papermill injects
+    plain = {name for name, value in namespace.items() if isinstance(value, (str, int, float, list, dict))}
+    hidden = {name for name in plain if name.startswith("_")} | {"In", "Out"}  # IPython's own
+    return sorted(plain - hidden - set(types))
+
+# %% ../../nbs/30_store.ipynb #from-root
+def _from_root(out):
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if folder.name == "nbs" and (folder.parent / "settings.ini").is_file() and "ipykernel" in sys.modules:
+            return os.path.relpath(folder.parent / out, here)  # an absolute `out` stays where it is
+    return out
+
 # %% ../../nbs/30_store.ipynb #parameters
 def given_parameters(
     namespace: dict, # `globals()` of a notebook right after its parameters
@@ -61,53 +89,6 @@ def given_parameters(
     if "out" in types:
         namespace["out"] = _from_root(namespace["out"])
     return {name: namespace[name] for name in types}
-
-# %% ../../nbs/30_store.ipynb #from-root
-def _from_root(out):
-    here = Path.cwd()
-    for folder in (here, *here.parents):
-        if folder.name == "nbs" and (folder.parent / "settings.ini").is_file() and "ipykernel" in sys.modules:
-            return os.path.relpath(folder.parent / out, here)  # an absolute `out` stays where it is
-    return out
-
-# %% ../../nbs/30_store.ipynb #not-annotated
-def _not_annotated(namespace, types):  # names of plain values, such as papermill injects
-    plain = {name for name, value in namespace.items() if isinstance(value, (str, int, float, list, dict))}
-    hidden = {name for name in plain if name.startswith("_")} | {"In", "Out"}  # IPython's own
-    return sorted(plain - hidden - set(types))
-
-# %% ../../nbs/30_store.ipynb #hint
-def _hint(name, names):
-    known = {other.lower(): other for other in names}
-    close = get_close_matches(name.lower(), known, n=1)
-    return f"; did you mean {known[close[0]]}?" if close else "."
-
-# %% ../../nbs/30_store.ipynb #typed
-def _typed(name, value, kind):  # the value of a parameter; a whole number does for a float, and True is no number
-    if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is not kind:
-        raise UserError(f"{name}={value!r} must be of type {kind.__name__}")
-    return value
-
-# %% ../../nbs/30_store.ipynb #identity
-PLACES = ("data_root", "out", "progress", "protocol")  # parameters that say where and how, not what
-
-
-def run_id(
-    parameters: dict, # {name: plain value}
-    fingerprint: str = "", # of the data set, which a name or a path alone does not tell
-) -> str: # 12 hexadecimal digits
-    """The identity of a run: a hash of its parameters but for PLACES, and of its data.
-
-    A `checkpoint` counts by its content.
-    """
-    plain = {name: value for name, value in parameters.items() if name not in PLACES}
-    if fingerprint:
-        plain["fingerprint"] = fingerprint
-    if _is_file(plain.get("checkpoint")):
-        plain["checkpoint"] = _file_digest(plain["checkpoint"])
-    return _digest(json.dumps(plain, sort_keys=True).encode())
 
 # %% ../../nbs/30_store.ipynb #digest
 def _digest(data):
@@ -127,6 +108,25 @@ def _file_digest(path):
         while piece := file.read(2**20):
             digest.update(piece)
     return digest.hexdigest()[:12]
+
+# %% ../../nbs/30_store.ipynb #identity
+PLACES = ("data_root", "out", "progress", "protocol")  # parameters that say where and how, not what
+
+
+def run_id(
+    parameters: dict, # {name: plain value}
+    fingerprint: str = "", # of the data set, which a name or a path alone does not tell
+) -> str: # 12 hexadecimal digits
+    """The identity of a run: a hash of its parameters but for PLACES, and of its data.
+
+    A `checkpoint` counts by its content.
+    """
+    plain = {name: value for name, value in parameters.items() if name not in PLACES}
+    if fingerprint:
+        plain["fingerprint"] = fingerprint
+    if _is_file(plain.get("checkpoint")):
+        plain["checkpoint"] = _file_digest(plain["checkpoint"])
+    return _digest(json.dumps(plain, sort_keys=True).encode())
 
 # %% ../../nbs/30_store.ipynb #baseline-file
 NETWORKS = Path(str(files("deepkmeans"))).parent / "figures" / "networks"  # trained baselines of a clone
@@ -149,16 +149,6 @@ def baseline_file(
     committed = NETWORKS / name
     return committed if committed.exists() else Path(out) / "baselines" / name
 
-# %% ../../nbs/30_store.ipynb #environment
-def environment(
-    device: str | torch.device, # the torch.device of the run
-) -> dict: # device, threads, versions, commit
-    """What a result may depend on beside its parameters."""
-    kind = torch.device(device).type
-    name = torch.cuda.get_device_name(device) if kind == "cuda" else platform.machine()
-    return dict(device=f"{kind} ({name})", threads=torch.get_num_threads(), python=platform.python_version(),
-                versions=_versions(), commit=_commit())
-
 # %% ../../nbs/30_store.ipynb #versions
 def _versions():
     found = {}
@@ -177,6 +167,16 @@ def _commit():
     except (OSError, subprocess.CalledProcessError):
         return None
 
+# %% ../../nbs/30_store.ipynb #environment
+def environment(
+    device: str | torch.device, # the torch.device of the run
+) -> dict: # device, threads, versions, commit
+    """What a result may depend on beside its parameters."""
+    kind = torch.device(device).type
+    name = torch.cuda.get_device_name(device) if kind == "cuda" else platform.machine()
+    return dict(device=f"{kind} ({name})", threads=torch.get_num_threads(), python=platform.python_version(),
+                versions=_versions(), commit=_commit())
+
 # %% ../../nbs/30_store.ipynb #store
 def save_record(
     folder: str | Path, # of this run; made when missing
@@ -188,6 +188,24 @@ def save_record(
     text = json.dumps(record, indent=1, sort_keys=True, allow_nan=False)
     write_file(folder / "record.json", f"{text}\n".encode())
 
+# %% ../../nbs/30_store.ipynb #record
+def _record(text, where):  # None where the text is no record
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError):  # no JSON, or numbers and brackets without end
+        record = None
+    if isinstance(record, dict):
+        return record
+    warnings.warn(f"{where} is no record of a run and is left out")
+
+# %% ../../nbs/30_store.ipynb #texts
+def _texts(store):  # (text, where it stands) for each record
+    if store.suffix == ".jsonl":
+        lines = store.read_text().splitlines() if store.is_file() else []
+        return [(line, f"line {number} of {store}") for number, line in enumerate(lines, 1)]
+    paths = [path for path in sorted(store.glob("*/record.json")) if path.is_file()]
+    return [(path.read_text(errors="replace"), path) for path in paths]
+
 # %% ../../nbs/30_store.ipynb #read-records
 def read_records(
     store: str | Path, # folder of runs, or a file of records in JSON lines
@@ -198,24 +216,6 @@ def read_records(
     """
     found = [_record(text, where) for text, where in _texts(Path(store))]
     return [record for record in found if record is not None]
-
-# %% ../../nbs/30_store.ipynb #texts
-def _texts(store):  # (text, where it stands) for each record
-    if store.suffix == ".jsonl":
-        lines = store.read_text().splitlines() if store.is_file() else []
-        return [(line, f"line {number} of {store}") for number, line in enumerate(lines, 1)]
-    paths = [path for path in sorted(store.glob("*/record.json")) if path.is_file()]
-    return [(path.read_text(errors="replace"), path) for path in paths]
-
-# %% ../../nbs/30_store.ipynb #record
-def _record(text, where):  # None where the text is no record
-    try:
-        record = json.loads(text)
-    except (ValueError, RecursionError):  # no JSON, or numbers and brackets without end
-        record = None
-    if isinstance(record, dict):
-        return record
-    warnings.warn(f"{where} is no record of a run and is left out")
 
 # %% ../../nbs/30_store.ipynb #pack-records
 def pack_records(

@@ -49,6 +49,22 @@ for left in (2, 1, 0):
         print(f"{error}; once more")
 """
 
+# %% ../../nbs/31_suite.ipynb #child
+def _child(words, log):  # the exit code
+    said = dict(stdout=log, stderr=subprocess.STDOUT) if log else {}
+    command = [sys.executable, "-c", _CHILD, *words]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}, **said)
+    process.wait()
+    process.stdin.close()
+    return process.returncode
+
+# %% ../../nbs/31_suite.ipynb #failure
+def _failure(code, said):  # the last line that a child said, where it knew why it failed
+    if code == 0:
+        return ""
+    lines = said.strip().splitlines()
+    return lines[-1] if lines and code == 1 else f"exit code {code}"
+
 # %% ../../nbs/31_suite.ipynb #execute
 def execute(
     notebook: str | Path, # path
@@ -67,21 +83,78 @@ def execute(
         code = _child(words, file)
     return _failure(code, log.read_text())
 
-# %% ../../nbs/31_suite.ipynb #child
-def _child(words, log):  # the exit code
-    said = dict(stdout=log, stderr=subprocess.STDOUT) if log else {}
-    command = [sys.executable, "-c", _CHILD, *words]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}, **said)
-    process.wait()
-    process.stdin.close()
-    return process.returncode
+# %% ../../nbs/31_suite.ipynb #processes
+def _processes(missing, together):  # parameter sets that differ only in `together` go into one process
+    if together is None:
+        return [[parameters] for parameters in missing]
+    groups = {}
+    for parameters in missing:
+        others = {name: value for name, value in parameters.items() if name != together}
+        groups.setdefault(json.dumps(others, sort_keys=True), []).append(parameters)
+    return list(groups.values())
 
-# %% ../../nbs/31_suite.ipynb #failure
-def _failure(code, said):  # the last line that a child said, where it knew why it failed
-    if code == 0:
-        return ""
-    lines = said.strip().splitlines()
-    return lines[-1] if lines and code == 1 else f"exit code {code}"
+# %% ../../nbs/31_suite.ipynb #merged
+def _merged(group, together):  # the parameters of one process
+    if together is None:
+        return dict(group[0])
+    return group[0] | {together: [parameters[together][0] for parameters in group]}
+
+# %% ../../nbs/31_suite.ipynb #dask-client
+def _dask_client(scheduler):
+    try:
+        from distributed import Client
+    except ImportError:
+        raise UserError("a scheduler needs Dask: pip install -e '.[dask]' in a clone") from None
+    return Client(scheduler)
+
+# %% ../../nbs/31_suite.ipynb #pool
+@contextmanager
+def _pool(jobs, scheduler):
+    if scheduler:
+        with _dask_client(scheduler) as client:
+            yield client.get_executor(pure=False)
+        return
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+# %% ../../nbs/31_suite.ipynb #message
+def _message(future):  # why an execution failed; empty where it did not
+    error = future.exception()
+    return str(error) if error else future.result()
+
+# %% ../../nbs/31_suite.ipynb #watch
+def _watch(futures, found, bar):  # {future: (executed notebook, its parameter sets)} → what failed
+    failures = []
+    waiting = set(futures)
+    every = [parameters for _, group in futures.values() for parameters in group]
+    while waiting:
+        done, waiting = wait(waiting, timeout=5, return_when=FIRST_COMPLETED)
+        for future in done:
+            executed, group = futures[future]
+            message = _message(future)
+            if message or None in found(group):
+                failures.append(f"{executed}: {message or 'it wrote no record'}")
+        running = sum(future.running() for future in waiting)
+        bar.set_postfix(running=running, failed=len(failures), refresh=False)
+        bar.update(sum(record is not None for record in found(every)) - bar.n)
+        bar.refresh()
+    return failures
+
+# %% ../../nbs/31_suite.ipynb #execute-all
+def _execute_all(notebook, defaults, missing, out, jobs, together, scheduler, progress):  # what failed
+    places = {name: value for name, value in {"out": str(out), "progress": False}.items() if name in defaults}
+    shown = progress and len(missing) > 0
+    with _pool(jobs, scheduler) as pool, tqdm(total=len(missing), disable=not shown, unit="run", smoothing=0) as bar:
+        futures = {}
+        for group in _processes(missing, together):
+            executed = out / "notebooks" / f"{run_id(group[0])}.ipynb"
+            given = _merged(group, together) | places
+            future = pool.submit(execute, str(Path(notebook).resolve()), str(executed), given)
+            futures[future] = executed, group
+        return _watch(futures, partial(lookup, notebook, stores=[out]), bar)
 
 # %% ../../nbs/31_suite.ipynb #run
 def run(
@@ -112,79 +185,6 @@ def run(
         print(f"failed: {failure}")
     return collect(notebook, suite, stores)
 
-# %% ../../nbs/31_suite.ipynb #execute-all
-def _execute_all(notebook, defaults, missing, out, jobs, together, scheduler, progress):  # what failed
-    places = {name: value for name, value in {"out": str(out), "progress": False}.items() if name in defaults}
-    shown = progress and len(missing) > 0
-    with _pool(jobs, scheduler) as pool, tqdm(total=len(missing), disable=not shown, unit="run", smoothing=0) as bar:
-        futures = {}
-        for group in _processes(missing, together):
-            executed = out / "notebooks" / f"{run_id(group[0])}.ipynb"
-            given = _merged(group, together) | places
-            future = pool.submit(execute, str(Path(notebook).resolve()), str(executed), given)
-            futures[future] = executed, group
-        return _watch(futures, partial(lookup, notebook, stores=[out]), bar)
-
-# %% ../../nbs/31_suite.ipynb #processes
-def _processes(missing, together):  # parameter sets that differ only in `together` go into one process
-    if together is None:
-        return [[parameters] for parameters in missing]
-    groups = {}
-    for parameters in missing:
-        others = {name: value for name, value in parameters.items() if name != together}
-        groups.setdefault(json.dumps(others, sort_keys=True), []).append(parameters)
-    return list(groups.values())
-
-# %% ../../nbs/31_suite.ipynb #merged
-def _merged(group, together):  # the parameters of one process
-    if together is None:
-        return dict(group[0])
-    return group[0] | {together: [parameters[together][0] for parameters in group]}
-
-# %% ../../nbs/31_suite.ipynb #pool
-@contextmanager
-def _pool(jobs, scheduler):
-    if scheduler:
-        with _dask_client(scheduler) as client:
-            yield client.get_executor(pure=False)
-        return
-    pool = ThreadPoolExecutor(jobs)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-# %% ../../nbs/31_suite.ipynb #dask-client
-def _dask_client(scheduler):
-    try:
-        from distributed import Client
-    except ImportError:
-        raise UserError("a scheduler needs Dask: pip install -e '.[dask]' in a clone") from None
-    return Client(scheduler)
-
-# %% ../../nbs/31_suite.ipynb #watch
-def _watch(futures, found, bar):  # {future: (executed notebook, its parameter sets)} → what failed
-    failures = []
-    waiting = set(futures)
-    every = [parameters for _, group in futures.values() for parameters in group]
-    while waiting:
-        done, waiting = wait(waiting, timeout=5, return_when=FIRST_COMPLETED)
-        for future in done:
-            executed, group = futures[future]
-            message = _message(future)
-            if message or None in found(group):
-                failures.append(f"{executed}: {message or 'it wrote no record'}")
-        running = sum(future.running() for future in waiting)
-        bar.set_postfix(running=running, failed=len(failures), refresh=False)
-        bar.update(sum(record is not None for record in found(every)) - bar.n)
-        bar.refresh()
-    return failures
-
-# %% ../../nbs/31_suite.ipynb #message
-def _message(future):  # why an execution failed; empty where it did not
-    error = future.exception()
-    return str(error) if error else future.result()
-
 # %% ../../nbs/31_suite.ipynb #paper-notebooks
 REPRODUCIBLE = {
     "table1": "table1_tt_conv_cnn",
@@ -206,6 +206,11 @@ def _paper_notebooks(root, name):  # {stem: path} of one notebook, or of all
     if stem not in notebooks:
         raise UserError(f"name={name!r} must be one of all, {', '.join([*REPRODUCIBLE, *notebooks])}")
     return {stem: notebooks[stem]}
+
+# %% ../../nbs/31_suite.ipynb #store-of
+def _store(out, again):
+    out = Path(out).resolve()
+    return out / "again" / time.strftime("%Y%m%d-%H%M%S") if again else out
 
 # %% ../../nbs/31_suite.ipynb #reproduce
 def reproduce(
@@ -238,8 +243,3 @@ def reproduce(
     if any(failures.values()):
         raise UserError("; ".join(f"{executed[stem]}: {why}" for stem, why in failures.items() if why))
     return executed
-
-# %% ../../nbs/31_suite.ipynb #store-of
-def _store(out, again):
-    out = Path(out).resolve()
-    return out / "again" / time.strftime("%Y%m%d-%H%M%S") if again else out

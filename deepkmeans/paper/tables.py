@@ -91,38 +91,23 @@ class Budget(NamedTuple):
         return [Line("DKM", ratio, "baseline", self.other("dkm", self.dkm_lr, k=k), "trained"),
                 Line("Deep Compression", ratio, "baseline", self.other("deep-compression", k=k), "trained")]
 
-# %% ../../nbs/32_tables.ipynb #compare
-def compare(
-    lines: list[Line], # of a table
-    seeds: int, # runs of each
-    reported, # what `paper_numbers` has
-    stores: list[str | Path], # as for `lookup`
-    root: str | Path = ".", # root of the repository
-    metric: str = "top1", # or "top5"
-): # a pandas frame, a line for each under its label
-    """Paper beside ours, in points: `change` is the mean over the seeds that ended, `of` how many, `sd` its deviation.
+# %% ../../nbs/32_tables.ipynb #standard-error
+def _standard_error(accuracies, records):  # in points; NaN where nothing tells it
+    if len(accuracies) > 1:
+        return stdev(accuracies) / len(accuracies) ** 0.5
+    images = next((record["dataset"]["test"] for record in records if "dataset" in record), None)
+    if not accuracies or not images:
+        return nan
+    return (accuracies[0] * (100 - accuracies[0]) / images) ** 0.5  # binomial
 
-    `error` is the standard error of the accuracy: of the mean over the seeds or, of a single run, that of its test set.
-    `ours` says it in words: "-0.70 ± 0.22 (3)" with the error and the number of runs; a run that has not been made is
-    "not run", one that diverged says so. `run` holds the ids of the records, and the ratios stand under every way of
-    counting that the records have ("network file", "conv entropy", …).
-    """
-    import pandas as pd
-
-    made = _made(lines, seeds, stores, root)
-    told = {line.label: _told(line, made[line.label], reported, metric) | dict(of=seeds) for line in lines}
-    return pd.DataFrame.from_dict(told, orient="index")
-
-# %% ../../nbs/32_tables.ipynb #made
-def _made(lines, seeds, stores, root):  # {label: the records of its seeds that were made}
-    made = {line.label: [] for line in lines}
-    for job in dict.fromkeys(line.job for line in lines):
-        wanted = [(line, i) for line in lines if line.job == job for i in range(seeds)]
-        suite = [line.run(i) for line, i in wanted]
-        for (line, _), record in zip(wanted, lookup(Path(root) / "nbs" / f"{job}.ipynb", suite, stores)):
-            if record:
-                made[line.label].append(record)
-    return made
+# %% ../../nbs/32_tables.ipynb #in-words
+def _in_words(change, error, ended, made):
+    if not made:
+        return "not run"
+    scatter = "" if isnan(error) else f" ± {error:.2f}"
+    ours = [f"{change:+.2f}{scatter} ({ended})"] if ended else []
+    diverged = [f"{made - ended} diverged"] if made > ended else []
+    return "; ".join(ours + diverged)
 
 # %% ../../nbs/32_tables.ipynb #told
 def _told(line, records, reported, metric):
@@ -142,35 +127,46 @@ def _told(line, records, reported, metric):
     ratios = pd.json_normalize([stages[line.stage]["ratio"] for stages in ended], sep=" ").mean()
     return words | numbers | ratios.to_dict()
 
-# %% ../../nbs/32_tables.ipynb #standard-error
-def _standard_error(accuracies, records):  # in points; NaN where nothing tells it
-    if len(accuracies) > 1:
-        return stdev(accuracies) / len(accuracies) ** 0.5
-    images = next((record["dataset"]["test"] for record in records if "dataset" in record), None)
-    if not accuracies or not images:
-        return nan
-    return (accuracies[0] * (100 - accuracies[0]) / images) ** 0.5  # binomial
+# %% ../../nbs/32_tables.ipynb #made
+def _made(lines, seeds, stores, root):  # {label: the records of its seeds that were made}
+    made = {line.label: [] for line in lines}
+    for job in dict.fromkeys(line.job for line in lines):
+        wanted = [(line, i) for line in lines if line.job == job for i in range(seeds)]
+        suite = [line.run(i) for line, i in wanted]
+        for (line, _), record in zip(wanted, lookup(Path(root) / "nbs" / f"{job}.ipynb", suite, stores)):
+            if record:
+                made[line.label].append(record)
+    return made
 
-# %% ../../nbs/32_tables.ipynb #in-words
-def _in_words(change, error, ended, made):
-    if not made:
-        return "not run"
-    scatter = "" if isnan(error) else f" ± {error:.2f}"
-    ours = [f"{change:+.2f}{scatter} ({ended})"] if ended else []
-    diverged = [f"{made - ended} diverged"] if made > ended else []
-    return "; ".join(ours + diverged)
+# %% ../../nbs/32_tables.ipynb #compare
+def compare(
+    lines: list[Line], # of a table
+    seeds: int, # runs of each
+    reported: "pandas.DataFrame", # what `paper_numbers` has
+    stores: list[str | Path], # as for `lookup`
+    root: str | Path = ".", # root of the repository
+    metric: str = "top1", # or "top5"
+): # a pandas frame, a line for each under its label
+    """Paper beside ours, in points: `change` is the mean over the seeds that ended, `of` how many, `sd` its deviation.
 
-# %% ../../nbs/32_tables.ipynb #claims
-def claims(
-    frame, # as `compare` gives it
-    pairs: list[tuple[str, str]], # of labels: the first is better in the paper, or wanted to be
-) -> list: # sentences
-    """For each pair of lines that were both run, whether the first lost less than the second.
-
-    That takes more than two standard errors. The paper's gap stands beside where it has both.
+    `error` is the standard error of the accuracy: of the mean over the seeds or, of a single run, that of its test set.
+    `ours` says it in words: "-0.70 ± 0.22 (3)" with the error and the number of runs; a run that has not been made is
+    "not run", one that diverged says so. `run` holds the ids of the records, and the ratios stand under every way of
+    counting that the records have ("network file", "conv entropy", …).
     """
-    ran = set(frame.index[frame.ended > 0])
-    return [_claim(better, worse, frame) for better, worse in pairs if {better, worse} <= ran]
+    import pandas as pd
+
+    made = _made(lines, seeds, stores, root)
+    told = {line.label: _told(line, made[line.label], reported, metric) | dict(of=seeds) for line in lines}
+    return pd.DataFrame.from_dict(told, orient="index")
+
+# %% ../../nbs/32_tables.ipynb #verdict-of
+def _verdict(gap, scatter):
+    if isnan(scatter):
+        return "within the scatter"
+    if abs(gap) <= scatter:
+        return f"within the scatter (± {scatter:.2f})"
+    return f"that it is the better one {'holds' if gap > 0 else 'does not hold'}"
 
 # %% ../../nbs/32_tables.ipynb #claim
 def _claim(better, worse, frame):
@@ -181,13 +177,17 @@ def _claim(better, worse, frame):
     beside = "" if isnan(paper) else f" (paper {paper:+.2f})"
     return f"{better} against {worse}: {gap:+.2f} points{beside}; {_verdict(gap, 2 * hypot(a.error, b.error))}."
 
-# %% ../../nbs/32_tables.ipynb #verdict-of
-def _verdict(gap, scatter):
-    if isnan(scatter):
-        return "within the scatter"
-    if abs(gap) <= scatter:
-        return f"within the scatter (± {scatter:.2f})"
-    return f"that it is the better one {'holds' if gap > 0 else 'does not hold'}"
+# %% ../../nbs/32_tables.ipynb #claims
+def claims(
+    frame: "pandas.DataFrame", # as `compare` gives it
+    pairs: list[tuple[str, str]], # of labels: the first is better in the paper, or wanted to be
+) -> list: # sentences
+    """For each pair of lines that were both run, whether the first lost less than the second.
+
+    That takes more than two standard errors. The paper's gap stands beside where it has both.
+    """
+    ran = set(frame.index[frame.ended > 0])
+    return [_claim(better, worse, frame) for better, worse in pairs if {better, worse} <= ran]
 
 # %% ../../nbs/32_tables.ipynb #table
 class Table(NamedTuple):
@@ -208,7 +208,7 @@ class Table(NamedTuple):
 
 # %% ../../nbs/32_tables.ipynb #make-runs
 def make_runs(
-    table: Table, # a `Table`
+    table: Table,
 ) -> list: # records of the runs that are there
     """Make the runs that a table lacks if it is to `execute`, and keep the records in figures/ if it is to `save`."""
     given = table.given
@@ -245,7 +245,7 @@ def keep_network(
 
 # %% ../../nbs/32_tables.ipynb #compared
 def compared(
-    table: Table, # a `Table`
+    table: Table,
     metric: str = "top1", # or "top5"
 ): # as `compare` gives it
     """The lines of a table beside what the paper reports."""
@@ -257,7 +257,7 @@ def compared(
 # %% ../../nbs/32_tables.ipynb #setting
 def setting(
     network: str, # in words
-    frame, # as `compared` gives it
+    frame: "pandas.DataFrame", # as `compared` gives it
     records: list[dict], # of the table
 ) -> str: # network, data, mean baseline of the lines
     """What a table was measured on: "FreshNet-CNN, cifar10-jpeg, 75.2 %"."""
@@ -265,9 +265,9 @@ def setting(
 
 # %% ../../nbs/32_tables.ipynb #caption
 def caption(
-    table: Table, # a `Table`
+    table: Table,
     network: str, # in words
-    frame, # as `compared` gives it
+    frame: "pandas.DataFrame", # as `compared` gives it
     records: list[dict], # of the table
 ) -> str:
     """The lines above a table: network, data and baseline, ours and the paper's, and the command."""
@@ -302,8 +302,8 @@ def _shown(table, frame, ratios, more):
 
 # %% ../../nbs/32_tables.ipynb #show
 def show(
-    table: Table, # a `Table`
-    frame, # as `compared` gives it
+    table: Table,
+    frame: "pandas.DataFrame", # as `compared` gives it
     *,
     ratios: dict[str, str] = RATIOS, # {column of the frame: title}
     **more, # further columns, as {title: one value for each line}
@@ -319,8 +319,8 @@ def show(
 
 # %% ../../nbs/32_tables.ipynb #keep-picture
 def keep_picture(
-    table: Table, # a `Table`
-    figure, # of matplotlib
+    table: Table,
+    figure: "matplotlib.figure.Figure",
 ):
     """Show the picture of a table, and write it into figures/ if the table is to `save`."""
     import matplotlib.pyplot as plt
@@ -331,8 +331,8 @@ def keep_picture(
 
 # %% ../../nbs/32_tables.ipynb #verdicts
 def verdicts(
-    table: Table, # a `Table`
-    frame, # as `compared` gives it
+    table: Table,
+    frame: "pandas.DataFrame", # as `compared` gives it
     pairs: list[tuple[str, str]], # as for `claims`
     trained: float = 0.0, # top-1 in percent from which a baseline counts as trained
 ):
