@@ -194,11 +194,13 @@ def _with_barrier(loss, energy):  # loss for small ones, without bound where not
 def _between(curve, table, p, k):  # (sparsities, ks) → (p, k)
     from scipy.interpolate import make_interp_spline  # takes a quarter of a second to import
 
-    if len(curve.ks) > 1:
-        table = make_interp_spline(np.log(curve.ks), table, k=1, axis=1)(np.log(k))
-    else:
-        table = np.repeat(table, len(k), 1)
-    sparse = make_interp_spline(curve.sparsities[1:], table[1:], k=1)(p[1:]) if len(p) > 1 else table[:0]
+    def lines(points, table, at, axis):  # a single point holds everywhere
+        if len(points) == 1:
+            return np.repeat(table, len(at), axis)
+        return make_interp_spline(points, table, k=1, axis=axis)(at)
+
+    table = lines(np.log(curve.ks), table, np.log(k), axis=1)
+    sparse = lines(curve.sparsities[1:], table[1:], p[1:], axis=0) if len(p) > 1 else table[:0]
     return np.concatenate([table[:1], sparse])
 
 # %% ../nbs/08_allocation.ipynb #losses
