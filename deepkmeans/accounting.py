@@ -16,6 +16,17 @@ import torch.nn as nn
 from .reports import Report
 from .sharing import shared_layers
 
+# %% ../nbs/06_accounting.ipynb #huffman-bits
+def _huffman_bits(counts):
+    heap = list(counts)
+    heapq.heapify(heap)
+    bits = 0
+    while len(heap) > 1:
+        both = heapq.heappop(heap) + heapq.heappop(heap)
+        bits += both
+        heapq.heappush(heap, both)
+    return bits
+
 # %% ../nbs/06_accounting.ipynb #index-bits
 CODINGS = ("fixed", "log2", "entropy", "huffman")
 FLOAT_BITS = 32
@@ -39,17 +50,6 @@ def index_bits(
         return n * log2(len(counts))
     used = [c for c in counts if c]
     return _huffman_bits(used) if coding == "huffman" else sum(c * log2(n / c) for c in used)
-
-# %% ../nbs/06_accounting.ipynb #huffman-bits
-def _huffman_bits(counts):
-    heap = list(counts)
-    heapq.heapify(heap)
-    bits = 0
-    while len(heap) > 1:
-        both = heapq.heappop(heap) + heapq.heappop(heap)
-        bits += both
-        heapq.heappush(heap, both)
-    return bits
 
 # %% ../nbs/06_accounting.ipynb #report
 @dataclass(frozen=True)
@@ -84,6 +84,82 @@ class CompressionReport(Report):
         sizes = f"{self.dense_bits / 8192:,.1f} → {self.bits / 8192:,.1f} KiB"
         return f"{self.ratio:.2f}× smaller: {sizes} ({how}, scope {self.scope})"
 
+# %% ../nbs/06_accounting.ipynb #is-in-scope
+def _is_in_scope(name, module, scope):
+    if scope == "conv":
+        return isinstance(module, CONVOLUTION_TYPES)
+    return scope in ("network", name)
+
+# %% ../nbs/06_accounting.ipynb #counted-modules
+CONVOLUTION_TYPES = (nn.modules.conv._ConvNd,)
+NORM_TYPES = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+
+
+def _counted_modules(model, scope, batchnorm):  # pairs of a name and a module
+    owners = {name: m for name, m in model.named_modules() if "parametrizations" not in name.split(".")}
+    if scope not in ("network", "conv", *owners):
+        raise ValueError(f"scope={scope!r} must be 'network', 'conv' or the name of a layer")
+    for name, module in owners.items():
+        counted = batchnorm or not isinstance(module, NORM_TYPES)
+        if counted and _is_in_scope(name, module, scope):
+            yield name, module
+
+# %% ../nbs/06_accounting.ipynb #shared-bits
+def _shared_bits(shared, coding, plain):
+    k = len(shared.counts)
+    weights = prod(shared.shape)
+    kept = FLOAT_BITS * plain
+    codebook = FLOAT_BITS * k * (weights // len(shared.codes))
+    indexes = index_bits(shared.counts, coding)
+    return dict(k=k, parameters=weights + plain, dense_bits=FLOAT_BITS * weights + kept, codebook_bits=codebook,
+                index_bits=indexes, kept_bits=kept, bits=codebook + indexes + kept)
+
+# %% ../nbs/06_accounting.ipynb #dense-bits
+def _dense_bits(module, plain):
+    computed = getattr(module, "parametrizations", nn.ModuleDict())  # weights that are computed from what is learned
+    parameters = plain + sum(getattr(module, name).numel() for name in computed)
+    kept = FLOAT_BITS * (plain + sum(p.numel() for p in computed.parameters()))
+    return dict(k=None, parameters=parameters, dense_bits=FLOAT_BITS * parameters, codebook_bits=0, index_bits=0,
+                kept_bits=kept, bits=kept)
+
+# %% ../nbs/06_accounting.ipynb #compression-rows
+def _parameter_lines(model, modules, coding, biases):
+    shared = shared_layers(model)
+    counted = set()
+    lines = []
+    for name, module in modules.items():
+        named = module.named_parameters(recurse=False)
+        wanted = {id(p): p.numel() for key, p in named if biases or "bias" not in key}
+        plain = sum(wanted[p] for p in wanted.keys() - counted)  # parameters that stay as they are
+        counted |= wanted.keys()
+        line = _shared_bits(shared[name], coding, plain) if name in shared else _dense_bits(module, plain)
+        if line["dense_bits"]:
+            lines.append({"layer": name or type(module).__name__, **line})
+    return lines
+
+# %% ../nbs/06_accounting.ipynb #layer-of
+def _layer_of(line):
+    return f".{line['layer']}".partition(".parametrizations")[0][1:]
+
+# %% ../nbs/06_accounting.ipynb #in-bits
+def _in_bits(line):
+    compressed = line["codebook"] + line["indexes"] + line["kept"]
+    return dict(layer=line["layer"], k=line["k"], parameters=line["numbers"], dense_bits=8 * line["dense"],
+                codebook_bits=8 * line["codebook"], index_bits=8 * line["indexes"], kept_bits=8 * line["kept"],
+                bits=8 * compressed)
+
+# %% ../nbs/06_accounting.ipynb #file-rows
+def _file_lines(model, modules, scope):
+    from deepkmeans.codec import file_lines
+
+    return [_in_bits(line) for line in file_lines(model) if scope == "network" or _layer_of(line) in modules]
+
+# %% ../nbs/06_accounting.ipynb #check-file-holds-all
+def _check_file_holds_all(coding, biases, batchnorm):
+    if coding == "file" and (not biases or batchnorm is False):
+        raise ValueError(f"biases={biases} and batchnorm={batchnorm} must be True when coding='file': "
+                         "a file holds all that a layer has")
+
 # %% ../nbs/06_accounting.ipynb #compression
 def compression(
     model: nn.Module, # a network, shared or not
@@ -107,79 +183,3 @@ def compression(
     if not lines:
         raise ValueError(f"scope={scope!r} holds no parameter to count")
     return CompressionReport(lines, coding, scope)
-
-# %% ../nbs/06_accounting.ipynb #check-file-holds-all
-def _check_file_holds_all(coding, biases, batchnorm):
-    if coding == "file" and (not biases or batchnorm is False):
-        raise ValueError(f"biases={biases} and batchnorm={batchnorm} must be True when coding='file': "
-                         "a file holds all that a layer has")
-
-# %% ../nbs/06_accounting.ipynb #counted-modules
-CONVOLUTION_TYPES = (nn.modules.conv._ConvNd,)
-NORM_TYPES = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
-
-
-def _counted_modules(model, scope, batchnorm):  # pairs of a name and a module
-    owners = {name: m for name, m in model.named_modules() if "parametrizations" not in name.split(".")}
-    if scope not in ("network", "conv", *owners):
-        raise ValueError(f"scope={scope!r} must be 'network', 'conv' or the name of a layer")
-    for name, module in owners.items():
-        counted = batchnorm or not isinstance(module, NORM_TYPES)
-        if counted and _is_in_scope(name, module, scope):
-            yield name, module
-
-# %% ../nbs/06_accounting.ipynb #is-in-scope
-def _is_in_scope(name, module, scope):
-    if scope == "conv":
-        return isinstance(module, CONVOLUTION_TYPES)
-    return scope in ("network", name)
-
-# %% ../nbs/06_accounting.ipynb #compression-rows
-def _parameter_lines(model, modules, coding, biases):
-    shared = shared_layers(model)
-    counted = set()
-    lines = []
-    for name, module in modules.items():
-        named = module.named_parameters(recurse=False)
-        wanted = {id(p): p.numel() for key, p in named if biases or "bias" not in key}
-        plain = sum(wanted[p] for p in wanted.keys() - counted)  # parameters that stay as they are
-        counted |= wanted.keys()
-        line = _shared_bits(shared[name], coding, plain) if name in shared else _dense_bits(module, plain)
-        if line["dense_bits"]:
-            lines.append({"layer": name or type(module).__name__, **line})
-    return lines
-
-# %% ../nbs/06_accounting.ipynb #shared-bits
-def _shared_bits(shared, coding, plain):
-    k = len(shared.counts)
-    weights = prod(shared.shape)
-    kept = FLOAT_BITS * plain
-    codebook = FLOAT_BITS * k * (weights // len(shared.codes))
-    indexes = index_bits(shared.counts, coding)
-    return dict(k=k, parameters=weights + plain, dense_bits=FLOAT_BITS * weights + kept, codebook_bits=codebook,
-                index_bits=indexes, kept_bits=kept, bits=codebook + indexes + kept)
-
-# %% ../nbs/06_accounting.ipynb #dense-bits
-def _dense_bits(module, plain):
-    computed = getattr(module, "parametrizations", nn.ModuleDict())  # weights that are computed from what is learned
-    parameters = plain + sum(getattr(module, name).numel() for name in computed)
-    kept = FLOAT_BITS * (plain + sum(p.numel() for p in computed.parameters()))
-    return dict(k=None, parameters=parameters, dense_bits=FLOAT_BITS * parameters, codebook_bits=0, index_bits=0,
-                kept_bits=kept, bits=kept)
-
-# %% ../nbs/06_accounting.ipynb #file-rows
-def _file_lines(model, modules, scope):
-    from deepkmeans.codec import file_lines
-
-    return [_in_bits(line) for line in file_lines(model) if scope == "network" or _layer_of(line) in modules]
-
-# %% ../nbs/06_accounting.ipynb #layer-of
-def _layer_of(line):
-    return f".{line['layer']}".partition(".parametrizations")[0][1:]
-
-# %% ../nbs/06_accounting.ipynb #in-bits
-def _in_bits(line):
-    compressed = line["codebook"] + line["indexes"] + line["kept"]
-    return dict(layer=line["layer"], k=line["k"], parameters=line["numbers"], dense_bits=8 * line["dense"],
-                codebook_bits=8 * line["codebook"], index_bits=8 * line["indexes"], kept_bits=8 * line["kept"],
-                bits=8 * compressed)

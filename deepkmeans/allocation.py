@@ -8,6 +8,7 @@ __all__ = ['SPARSITIES', 'SAMPLE', 'LARGEST_K', 'FINE', 'EVENED', 'CLOSE', 'TRIE
            'named_plan']
 
 # %% ../nbs/08_allocation.ipynb #imports
+from collections.abc import Iterable
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -25,10 +26,48 @@ from .rows import to_rows
 from .plan import LAYERS, LayerPlan, Plan, dense_layers, layers_of, make_plan
 from .sharing import cluster_layers, planned_layers, share_layers, side_by_side
 
+# %% ../nbs/08_allocation.ipynb #differentiable
+@contextmanager
+def _differentiable(model, weights):
+    modes = [(m, m.training) for m in model.modules()]
+    frozen = [w for w in weights if not w.requires_grad]
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            model.eval()
+            for w in frozen:
+                w.requires_grad_(True)
+            yield
+    finally:
+        for w in frozen:
+            w.requires_grad_(False)
+        for m, mode in modes:
+            m.training = mode
+
+# %% ../nbs/08_allocation.ipynb #scores
+def _scores(model, x, weights, generator):  # for each weight: gradient of −log p(y|x), y drawn, summed over the batch
+    x = x.to(weights[0].device)
+    logits = heads(model(x.clone() if x.is_inference() else x))[0].float()  # (b, classes)
+    y = torch.multinomial(logits.detach().softmax(1).cpu(), 1, generator=generator)[:, 0]  # (b,)
+    loss = F.cross_entropy(logits, y.to(logits.device), reduction="sum")
+    return torch.autograd.grad(loss, weights, allow_unused=True)
+
+# %% ../nbs/08_allocation.ipynb #check-images
+def _check_images(images):
+    if not isinstance(images, Integral) or images < 1:
+        raise ValueError(f"images={images!r} must be a whole number of at least 1")
+
+# %% ../nbs/08_allocation.ipynb #few
+def _few(loader, images, batch):
+    for x, _ in pairs(loader):
+        yield from x[:images].split(batch)
+        images -= len(x)
+        if images <= 0:
+            return
+
 # %% ../nbs/08_allocation.ipynb #fisher
 def fisher(
     model: nn.Module, # a classifier: images → logits (b, classes), or outputs with logits among them
-    loader, # batches (images, labels); the labels are not used
+    loader: Iterable, # batches (images, labels); the labels are not used
     layers: list[str], # names of layers
     *,
     images: int = 1024, # how many images are looked at
@@ -56,44 +95,6 @@ def fisher(
         raise ValueError("loader gives no images, must give at least one")
     return {name: total / seen for name, total in zip(layers, sums)}
 
-# %% ../nbs/08_allocation.ipynb #scores
-def _scores(model, x, weights, generator):  # for each weight: gradient of −log p(y|x), y drawn, summed over the batch
-    x = x.to(weights[0].device)
-    logits = heads(model(x.clone() if x.is_inference() else x))[0].float()  # (b, classes)
-    y = torch.multinomial(logits.detach().softmax(1).cpu(), 1, generator=generator)[:, 0]  # (b,)
-    loss = F.cross_entropy(logits, y.to(logits.device), reduction="sum")
-    return torch.autograd.grad(loss, weights, allow_unused=True)
-
-# %% ../nbs/08_allocation.ipynb #differentiable
-@contextmanager
-def _differentiable(model, weights):
-    modes = [(m, m.training) for m in model.modules()]
-    frozen = [w for w in weights if not w.requires_grad]
-    try:
-        with torch.inference_mode(False), torch.enable_grad():
-            model.eval()
-            for w in frozen:
-                w.requires_grad_(True)
-            yield
-    finally:
-        for w in frozen:
-            w.requires_grad_(False)
-        for m, mode in modes:
-            m.training = mode
-
-# %% ../nbs/08_allocation.ipynb #few
-def _few(loader, images, batch):
-    for x, _ in pairs(loader):
-        yield from x[:images].split(batch)
-        images -= len(x)
-        if images <= 0:
-            return
-
-# %% ../nbs/08_allocation.ipynb #check-images
-def _check_images(images):
-    if not isinstance(images, Integral) or images < 1:
-        raise ValueError(f"images={images!r} must be a whole number of at least 1")
-
 # %% ../nbs/08_allocation.ipynb #curve
 SPARSITIES = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
 SAMPLE = 16384  # rows of a larger layer that a codebook is made of; as many others check it
@@ -120,6 +121,47 @@ class LayerCurve:
         """Bits of the layer's weights when they are not shared."""
         return self.float_bits * self.n * self.d
 
+# %% ../nbs/08_allocation.ipynb #by-rising-norm
+def _by_rising_norm(weight, importance, layout):  # (n, d) rows, (n, d) F/2 of their weights
+    rows = to_rows(weight.detach(), layout)
+    scale = to_rows(importance * torch.ones_like(weight, dtype=torch.float64), layout) / 2
+    order = rows.double().square().sum(1).argsort(stable=True)
+    return rows[order], scale[order]
+
+# %% ../nbs/08_allocation.ipynb #measured
+def _measured(rows, scale, k, seed, backend):  # loss and index bits of rows with k centres
+    if not k or not len(rows):
+        return float((scale * rows.double().square()).sum()), 0.0
+    n = len(rows)
+    if n > SAMPLE:
+        chosen = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:2 * SAMPLE]
+        rows = rows[chosen]
+        scale = scale[chosen]
+    part = len(rows) / n
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    found = kmeans(rows[:SAMPLE], min(k, len(rows)), seed=seed, backend=backend, max_iter=10)
+    codes = torch.cat([found.codes, encode(rows[SAMPLE:], found.codebook)[0]]) if len(rows) > SAMPLE else found.codes
+    loss = float((scale * (rows.double() - decode(codes, found.codebook)).square()).sum())
+    return loss / part, index_bits(codes.bincount()) / part
+
+# %% ../nbs/08_allocation.ipynb #sizes
+def _sizes(most, step):  # 1, 2, 3, 4, 4·step, 4·step², … and the last
+    return sorted({k for k in (1, 2, 3, *(4 * step ** i for i in range(40))) if k < most} | {most})
+
+# %% ../nbs/08_allocation.ipynb #points
+def _points(rows, scale, distinct, pinned, fine, seed, backend):  # (m,) ks, (s, m) loss, (s, m) index bits
+    n = len(rows)
+    ks = []
+    found = []
+    for k in _sizes(min(distinct, max(1, n - 1), LARGEST_K), 2 if n <= SAMPLE else 4):
+        # where rows are pinned one of the k centres is zero
+        found.append([_measured(rows[m:], scale[m:], k - (m > 0), seed, backend) for m in pinned])  # (s, 2)
+        ks.append(k)
+        if found[-1][0][0] <= fine:
+            break
+    loss, bits = np.array(found).transpose(2, 1, 0)
+    return tuple(ks), loss, bits
+
 # %% ../nbs/08_allocation.ipynb #measure
 def layer_curve(
     weight: torch.Tensor, # weight of one layer
@@ -144,46 +186,50 @@ def layer_curve(
     ks, loss, bits = _points(rows, scale, distinct, pinned, FINE * zero[-1], seed, backend)
     return LayerCurve(n, d, distinct, layout, ks, tuple(sparsities), zero, loss, bits, 8 * weight.element_size())
 
-# %% ../nbs/08_allocation.ipynb #by-rising-norm
-def _by_rising_norm(weight, importance, layout):  # (n, d) rows, (n, d) F/2 of their weights
-    rows = to_rows(weight.detach(), layout)
-    scale = to_rows(importance * torch.ones_like(weight, dtype=torch.float64), layout) / 2
-    order = rows.double().square().sum(1).argsort(stable=True)
-    return rows[order], scale[order]
+# %% ../nbs/08_allocation.ipynb #with-barrier
+def _with_barrier(loss, energy):  # loss for small ones, without bound where nothing of the layer is left
+    return -energy * np.log1p(-np.minimum(loss / max(energy, 1e-300), 1 - 1e-9))
 
-# %% ../nbs/08_allocation.ipynb #points
-def _points(rows, scale, distinct, pinned, fine, seed, backend):  # (m,) ks, (s, m) loss, (s, m) index bits
-    n = len(rows)
-    ks = []
-    found = []
-    for k in _sizes(min(distinct, max(1, n - 1), LARGEST_K), 2 if n <= SAMPLE else 4):
-        # where rows are pinned one of the k centres is zero
-        found.append([_measured(rows[m:], scale[m:], k - (m > 0), seed, backend) for m in pinned])  # (s, 2)
-        ks.append(k)
-        if found[-1][0][0] <= fine:
-            break
-    loss, bits = np.array(found).transpose(2, 1, 0)
-    return tuple(ks), loss, bits
+# %% ../nbs/08_allocation.ipynb #between
+def _between(curve, table, p, k):  # (sparsities, ks) → (p, k)
+    from scipy.interpolate import make_interp_spline  # takes a quarter of a second to import
 
-# %% ../nbs/08_allocation.ipynb #sizes
-def _sizes(most, step):  # 1, 2, 3, 4, 4·step, 4·step², … and the last
-    return sorted({k for k in (1, 2, 3, *(4 * step ** i for i in range(40))) if k < most} | {most})
+    def lines(points, table, at, axis):  # a single point holds everywhere
+        if len(points) == 1:
+            return np.repeat(table, len(at), axis)
+        return make_interp_spline(points, table, k=1, axis=axis)(at)
 
-# %% ../nbs/08_allocation.ipynb #measured
-def _measured(rows, scale, k, seed, backend):  # loss and index bits of rows with k centres
-    if not k or not len(rows):
-        return float((scale * rows.double().square()).sum()), 0.0
-    n = len(rows)
-    if n > SAMPLE:
-        chosen = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:2 * SAMPLE]
-        rows = rows[chosen]
-        scale = scale[chosen]
-    part = len(rows) / n
-    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    found = kmeans(rows[:SAMPLE], min(k, len(rows)), seed=seed, backend=backend, max_iter=10)
-    codes = torch.cat([found.codes, encode(rows[SAMPLE:], found.codebook)[0]]) if len(rows) > SAMPLE else found.codes
-    loss = float((scale * (rows.double() - decode(codes, found.codebook)).square()).sum())
-    return loss / part, index_bits(codes.bincount()) / part
+    table = lines(np.log(curve.ks), table, np.log(k), axis=1)
+    sparse = lines(curve.sparsities[1:], table[1:], p[1:], axis=0) if len(p) > 1 else table[:0]
+    return np.concatenate([table[:1], sparse])
+
+# %% ../nbs/08_allocation.ipynb #losses
+def _losses(curve, p, k, pinned):  # (s, m)
+    logarithms = np.log(np.maximum(curve.loss, 1e-12 * curve.zero[-1] + 1e-300))
+    return _with_barrier(np.exp(_between(curve, logarithms, p, k)) + curve.zero[pinned], curve.zero[-1])
+
+# %% ../nbs/08_allocation.ipynb #split-bits
+def _split_bits(n, pinned):  # n·h(pinned/n)
+    return sum(m * np.log2(n / np.maximum(m, 1)) for m in (pinned, n - pinned))
+
+# %% ../nbs/08_allocation.ipynb #indexes
+def _indexes(curve, coding, p, k, pinned):  # (s, m) bits of all indexes
+    entropy = _between(curve, curve.bits, p, k).clip(0) + _split_bits(curve.n, pinned)
+    digits = curve.n * np.log2(k) + 0 * entropy
+    return {"file": np.minimum(entropy + 8 * k, digits), "entropy": entropy,
+            "huffman": np.maximum(entropy, curve.n * (k > 1)),
+            "log2": digits, "fixed": curve.n * np.ceil(np.log2(k)) + 0 * entropy}[coding]
+
+# %% ../nbs/08_allocation.ipynb #grid
+def _grid(curve):  # (m,) numbers of clusters, (s,) sparsities
+    k = np.unique(np.geomspace(1, max(1, min(curve.distinct, curve.n - 1)), 1000).round().astype(int))
+    p = np.arange(1 + round(100 * max(curve.sparsities))) / 100
+    return k, p[(p == 0) | (p >= min((q for q in curve.sparsities if q), default=1))]
+
+# %% ../nbs/08_allocation.ipynb #allowed
+def _allowed(k, pinned, n, least):  # (s, m)
+    enough = (k >= least) & (k <= np.maximum(n - pinned, 1))
+    return enough & ((k > 1) | (pinned == 0)) & ((pinned == 0) | (least == 1))
 
 # %% ../nbs/08_allocation.ipynb #options
 @dataclass(frozen=True, eq=False)
@@ -217,49 +263,6 @@ def options(
     lists = (0, k), (0.0, p), (curve.dense_bits, bits), (0.0, loss)
     return Options(*(np.concatenate([[dense], table[usable]]) for dense, table in lists))
 
-# %% ../nbs/08_allocation.ipynb #grid
-def _grid(curve):  # (m,) numbers of clusters, (s,) sparsities
-    k = np.unique(np.geomspace(1, max(1, min(curve.distinct, curve.n - 1)), 1000).round().astype(int))
-    p = np.arange(1 + round(100 * max(curve.sparsities))) / 100
-    return k, p[(p == 0) | (p >= min((q for q in curve.sparsities if q), default=1))]
-
-# %% ../nbs/08_allocation.ipynb #allowed
-def _allowed(k, pinned, n, least):  # (s, m)
-    enough = (k >= least) & (k <= np.maximum(n - pinned, 1))
-    return enough & ((k > 1) | (pinned == 0)) & ((pinned == 0) | (least == 1))
-
-# %% ../nbs/08_allocation.ipynb #losses
-def _losses(curve, p, k, pinned):  # (s, m)
-    logarithms = np.log(np.maximum(curve.loss, 1e-12 * curve.zero[-1] + 1e-300))
-    return _with_barrier(np.exp(_between(curve, logarithms, p, k)) + curve.zero[pinned], curve.zero[-1])
-
-# %% ../nbs/08_allocation.ipynb #with-barrier
-def _with_barrier(loss, energy):  # loss for small ones, without bound where nothing of the layer is left
-    return -energy * np.log1p(-np.minimum(loss / max(energy, 1e-300), 1 - 1e-9))
-
-# %% ../nbs/08_allocation.ipynb #indexes
-def _indexes(curve, coding, p, k, pinned):  # (s, m) bits of all indexes
-    entropy = _between(curve, curve.bits, p, k).clip(0) + _split_bits(curve.n, pinned)
-    digits = curve.n * np.log2(k) + 0 * entropy
-    return {"file": np.minimum(entropy + 8 * k, digits), "entropy": entropy,
-            "huffman": np.maximum(entropy, curve.n * (k > 1)),
-            "log2": digits, "fixed": curve.n * np.ceil(np.log2(k)) + 0 * entropy}[coding]
-
-# %% ../nbs/08_allocation.ipynb #split-bits
-def _split_bits(n, pinned):  # n·h(pinned/n)
-    return sum(m * np.log2(n / np.maximum(m, 1)) for m in (pinned, n - pinned))
-
-# %% ../nbs/08_allocation.ipynb #between
-def _between(curve, table, p, k):  # (sparsities, ks) → (p, k)
-    from scipy.interpolate import make_interp_spline  # takes a quarter of a second to import
-
-    if len(curve.ks) > 1:
-        table = make_interp_spline(np.log(curve.ks), table, k=1, axis=1)(np.log(k))
-    else:
-        table = np.repeat(table, len(k), 1)
-    sparse = make_interp_spline(curve.sparsities[1:], table[1:], k=1)(p[1:]) if len(p) > 1 else table[:0]
-    return np.concatenate([table[:1], sparse])
-
 # %% ../nbs/08_allocation.ipynb #solve
 def best_for_price(
     lists: list[Options], # of each layer
@@ -267,25 +270,6 @@ def best_for_price(
 ) -> list: # index of the chosen option of each layer
     """The options that minimise loss + λ·bits (Everett 1963): no other choice of as few bits loses less."""
     return [int(np.argmin(o.loss + price * o.bits)) for o in lists]
-
-# %% ../nbs/08_allocation.ipynb #best-for-budget
-def best_for_budget(
-    lists: list[Options], # of each layer
-    budget: float, # bits that all layers together may take, at least the sum of the least
-) -> list: # index of the chosen option of each layer
-    """The choice at the least λ that keeps to the budget, then single steps with what is left.
-
-    Within one step of the optimum.
-    """
-    low = np.log(_dearest(lists)) - 120
-    high = np.log(_dearest(lists)) + 1
-    for _ in range(80):
-        middle = (low + high) / 2
-        if _taken(lists, best_for_price(lists, np.exp(middle))) <= budget:
-            high = middle
-        else:
-            low = middle
-    return _filled(lists, best_for_price(lists, np.exp(high)), budget)
 
 # %% ../nbs/08_allocation.ipynb #taken
 def _taken(lists, chosen):  # bits of all layers
@@ -310,6 +294,25 @@ def _filled(lists, chosen, budget):
             return chosen
         chosen[layer] = to
 
+# %% ../nbs/08_allocation.ipynb #best-for-budget
+def best_for_budget(
+    lists: list[Options], # of each layer
+    budget: float, # bits that all layers together may take, at least the sum of the least
+) -> list: # index of the chosen option of each layer
+    """The choice at the least λ that keeps to the budget, then single steps with what is left.
+
+    Within one step of the optimum.
+    """
+    low = np.log(_dearest(lists)) - 120
+    high = np.log(_dearest(lists)) + 1
+    for _ in range(80):
+        middle = (low + high) / 2
+        if _taken(lists, best_for_price(lists, np.exp(middle))) <= budget:
+            high = middle
+        else:
+            low = middle
+    return _filled(lists, best_for_price(lists, np.exp(high)), budget)
+
 # %% ../nbs/08_allocation.ipynb #allocate
 EVENED = 0.5  # how far layers' energies are evened out when there are data; 0: not at all, 1: each layer counts alike
 
@@ -318,10 +321,17 @@ def _evened(sensitivity, weight, power):  # (F of each weight) / E^power, E = ½
     energy = float((sensitivity * weight.double().square()).sum()) / 2
     return sensitivity / energy ** power if energy else sensitivity
 
+# %% ../nbs/08_allocation.ipynb #importance
+def _importance(model, loader, weights, images, seed):  # {layer name: a number, or a tensor like its weight}
+    if loader is None:
+        return {name: _evened(1.0, w, 1.0) for name, w in weights.items()}
+    sensitivity = fisher(model, loader, list(weights), images=images, seed=seed)
+    return {name: _evened(sensitivity[name], w, EVENED) for name, w in weights.items()}
+
 # %% ../nbs/08_allocation.ipynb #layer-curves
 def layer_curves(
     model: nn.Module, # the network
-    loader=None, # batches (images, labels) for the Fisher information; None: the weights' own energy
+    loader: Iterable | None = None, # batches (images, labels) for the Fisher information; None: the weights' own energy
     *,
     layout: str = "row", # what a row is
     sparsity: bool = True, # may rows be pinned at zero?
@@ -343,53 +353,6 @@ def layer_curves(
         return layer_curve(weight, importance[name], **how)
 
     return side_by_side(curve, weights, "curves", progress)
-
-# %% ../nbs/08_allocation.ipynb #importance
-def _importance(model, loader, weights, images, seed):  # {layer name: a number, or a tensor like its weight}
-    if loader is None:
-        return {name: _evened(1.0, w, 1.0) for name, w in weights.items()}
-    sensitivity = fisher(model, loader, list(weights), images=images, seed=seed)
-    return {name: _evened(sensitivity[name], w, EVENED) for name, w in weights.items()}
-
-# %% ../nbs/08_allocation.ipynb #allocate-plan
-def allocate(
-    model: nn.Module, # the network, dense; it stays as it is
-    ratio: float, # wanted compression ratio of the whole network, above 1
-    loader=None, # batches (images, labels) for the sensitivity; None: the weights' own energy
-    *,
-    first: int | float | None = None, # the least clusters of the first layer: a k (int) or rate (float), nothing pinned
-    last: int | float | None = None, # likewise for the last
-    coding: str = "file", # how the size is counted, as in `compression`: "file" for the bytes on disk
-    layout: str = "row", # what a row is
-    sparsity: bool = True, # may rows be pinned at zero?
-    include: tuple[type, ...] = LAYERS, # module types that may be shared
-    exclude: str | tuple[str, ...] = (), # names or glob patterns of layers that stay dense
-    images: int = 1024, # images that the Fisher information is taken from
-    curves: dict[str, LayerCurve] | None = None, # what `layer_curves` measured with these options; None: measure now
-    seed: int = 0, # seed of the k-means, that which `share` is to be given
-    backend: str = "auto", # its back end
-    progress: bool = False, # show progress bars?
-) -> Plan: # {layer name: LayerPlan}; layers that are better left dense are not in it, its `skipped` says so
-    """The plan that reaches the ratio within 1 % and loses least by the sum over layers of ½ Σ F·δ² / √E, E = ½ Σ F·w².
-
-    Without a loader, of ‖δ‖²/‖w‖². The size is that of a copy which is really shared, `compression(copy,
-    coding=coding)`; `share(model, plan, codes=plan.codes)` gives the same, and so does, by clustering again,
-    `share(model, plan, seed=seed)`. Layers on which the outputs do not depend, as auxiliary heads in eval mode, get
-    one cluster when there is a loader: exclude them where that matters. Raises `ValueError` for a target out of reach,
-    naming the bounds, and as `layer_curves` does.
-    """
-    if not ratio > 1:
-        raise ValueError(f"ratio={ratio} must be above 1, the ratio of the dense network")
-    if curves is None:
-        curves = layer_curves(model, loader, layout=layout, sparsity=sparsity, include=include, exclude=exclude,
-                              images=images, seed=seed, backend=backend, progress=progress)
-    how = dict(seed=seed, backend=backend, progress=progress)
-    left_out = make_plan(model, k=1, layout=layout, include=include, exclude=exclude).skipped
-    size = _Size(model, curves, _lists(curves, first, last, coding), coding, how, left_out)
-    _check_reach(size, ratio)
-    plan = size.plan(_hit(size, size.dense / ratio))
-    plan.codes = {name: clustering.codes for name, clustering in size.clusterings(plan).items()}
-    return plan
 
 # %% ../nbs/08_allocation.ipynb #lists
 def _lists(curves, first, last, coding):
@@ -436,8 +399,18 @@ class _Size:
             self.found |= {(name, new[name]): c for name, c in cluster_layers(layers, new, **self.how).items()}
         return {name: self.found[name, own] for name, own in plan.items()}
 
-# %% ../nbs/08_allocation.ipynb #hit
+# %% ../nbs/08_allocation.ipynb #closest
 CLOSE = 0.01  # the reached ratio may differ from the target by this share
+
+
+def _closest(tried, dense, wanted):
+    off, _, chosen = min(tried, key=lambda t: t[0])
+    if off > CLOSE:
+        reached = ", ".join(f"{dense / bits:.4g}" for _, bits, _ in tried)
+        raise ValueError(f"ratio={dense / wanted:.4g} cannot be met within 1 %: the plans tried reach {reached}")
+    return chosen
+
+# %% ../nbs/08_allocation.ipynb #hit
 TRIES = 16  # shared copies that are sized before the allocator gives up
 
 
@@ -457,14 +430,6 @@ def _hit(size, wanted):  # the choice whose true size is the wanted one
             budget = (low + high) / 2
     return _closest(tried, size.dense, wanted)
 
-# %% ../nbs/08_allocation.ipynb #closest
-def _closest(tried, dense, wanted):
-    off, _, chosen = min(tried, key=lambda t: t[0])
-    if off > CLOSE:
-        reached = ", ".join(f"{dense / bits:.4g}" for _, bits, _ in tried)
-        raise ValueError(f"ratio={dense / wanted:.4g} cannot be met within 1 %: the plans tried reach {reached}")
-    return chosen
-
 # %% ../nbs/08_allocation.ipynb #check-reach
 def _check_reach(size, ratio):
     wanted = size.dense / ratio
@@ -476,6 +441,46 @@ def _check_reach(size, ratio):
         kept = f"; {', '.join(dense)} stay dense, which include= and exclude= decide" if dense else ""
         raise ValueError(f"ratio={ratio} must be above 1 and at most {size.dense / least:.2f}, "
                          f"which the fewest clusters allowed reach{kept}")
+
+# %% ../nbs/08_allocation.ipynb #allocate-plan
+def allocate(
+    model: nn.Module, # the network, dense; it stays as it is
+    ratio: float, # wanted compression ratio of the whole network, above 1
+    loader: Iterable | None = None, # batches (images, labels) for the sensitivity; None: the weights' own energy
+    *,
+    first: int | float | None = None, # the least clusters of the first layer: a k (int) or rate (float), nothing pinned
+    last: int | float | None = None, # likewise for the last
+    coding: str = "file", # how the size is counted, as in `compression`: "file" for the bytes on disk
+    layout: str = "row", # what a row is
+    sparsity: bool = True, # may rows be pinned at zero?
+    include: tuple[type, ...] = LAYERS, # module types that may be shared
+    exclude: str | tuple[str, ...] = (), # names or glob patterns of layers that stay dense
+    images: int = 1024, # images that the Fisher information is taken from
+    curves: dict[str, LayerCurve] | None = None, # what `layer_curves` measured with these options; None: measure now
+    seed: int = 0, # seed of the k-means, that which `share` is to be given
+    backend: str = "auto", # its back end
+    progress: bool = False, # show progress bars?
+) -> Plan: # {layer name: LayerPlan}; layers that are better left dense are not in it, its `skipped` says so
+    """The plan that reaches the ratio within 1 % and loses least by the sum over layers of ½ Σ F·δ² / √E, E = ½ Σ F·w².
+
+    Without a loader, of ‖δ‖²/‖w‖². The size is that of a copy which is really shared, `compression(copy,
+    coding=coding)`; `share(model, plan, codes=plan.codes)` gives the same, and so does, by clustering again,
+    `share(model, plan, seed=seed)`. Layers on which the outputs do not depend, as auxiliary heads in eval mode, get
+    one cluster when there is a loader: exclude them where that matters. Raises `ValueError` for a target out of reach,
+    naming the bounds, and as `layer_curves` does.
+    """
+    if not ratio > 1:
+        raise ValueError(f"ratio={ratio} must be above 1, the ratio of the dense network")
+    if curves is None:
+        curves = layer_curves(model, loader, layout=layout, sparsity=sparsity, include=include, exclude=exclude,
+                              images=images, seed=seed, backend=backend, progress=progress)
+    how = dict(seed=seed, backend=backend, progress=progress)
+    left_out = make_plan(model, k=1, layout=layout, include=include, exclude=exclude).skipped
+    size = _Size(model, curves, _lists(curves, first, last, coding), coding, how, left_out)
+    _check_reach(size, ratio)
+    plan = size.plan(_hit(size, size.dense / ratio))
+    plan.codes = {name: clustering.codes for name, clustering in size.clusterings(plan).items()}
+    return plan
 
 # %% ../nbs/08_allocation.ipynb #named
 _K45 = (144, 90, 80, 50, 30, 30, 100, 50, 10, 50, 50, 30, 7, 12, 7, 7)

@@ -6,8 +6,8 @@
 __all__ = ['PRECISION', 'MAX_K', 'STEP', 'DTYPES', 'DTYPE_NAMES', 'FLOATS', 'ARRAYS', 'MAX_HEADER', 'VERSION', 'MAX_NAMES',
            'MAX_DENSE', 'MAX_RATIO', 'MAX_BYTES', 'CODEBOOK_DTYPES', 'CompressedFileError', 'histogram_bytes',
            'histogram_weights', 'frequencies', 'pack_codes', 'unpack_codes', 'StoredLayer', 'Tables', 'decoded_bytes',
-           'file_bytes', 'save_compressed', 'Content', 'load_compressed', 'decompress', 'FileReport', 'inspect',
-           'report', 'file_lines']
+           'file_bytes', 'save_compressed', 'Content', 'load_compressed', 'decompress', 'FileReport', 'report',
+           'inspect', 'file_lines']
 
 # %% ../nbs/07_codec.ipynb #imports
 import json
@@ -80,6 +80,25 @@ def frequencies(
     f[np.argmax(f)] += 2**PRECISION - f.sum()
     return used, f
 
+# %% ../nbs/07_codec.ipynb #code-table
+def _table(histogram, k):
+    return frequencies(histogram_weights(histogram) if len(histogram) else np.ones(k, np.int64))
+
+# %% ../nbs/07_codec.ipynb #distribution
+def _distribution(f):
+    return stream.model.Categorical((f - 1).astype(np.float32), perfect=False)
+
+# %% ../nbs/07_codec.ipynb #bits
+def _bits(counts, histogram, k):
+    used, f = _table(histogram, k)
+    return float(np.sum(counts[used] * (PRECISION - np.log2(f))))
+
+# %% ../nbs/07_codec.ipynb #shortest-histogram
+def _shortest_histogram(counts, k):  # none, or a byte for each cluster
+    none = np.empty(0, np.uint8)
+    full = histogram_bytes(counts)
+    return none if _bits(counts, none, k) <= 8 * len(full) + _bits(counts, full, k) else full
+
 # %% ../nbs/07_codec.ipynb #coder
 MAX_K = 2**22  # clusters of one layer
 
@@ -102,25 +121,6 @@ def pack_codes(
     if len(used) > 1:
         coder.encode_reverse(np.searchsorted(used, codes).astype(np.int32), _distribution(f))
     return histogram, coder.get_compressed()
-
-# %% ../nbs/07_codec.ipynb #shortest-histogram
-def _shortest_histogram(counts, k):  # none, or a byte for each cluster
-    none = np.empty(0, np.uint8)
-    full = histogram_bytes(counts)
-    return none if _bits(counts, none, k) <= 8 * len(full) + _bits(counts, full, k) else full
-
-# %% ../nbs/07_codec.ipynb #bits
-def _bits(counts, histogram, k):
-    used, f = _table(histogram, k)
-    return float(np.sum(counts[used] * (PRECISION - np.log2(f))))
-
-# %% ../nbs/07_codec.ipynb #code-table
-def _table(histogram, k):
-    return frequencies(histogram_weights(histogram) if len(histogram) else np.ones(k, np.int64))
-
-# %% ../nbs/07_codec.ipynb #distribution
-def _distribution(f):
-    return stream.model.Categorical((f - 1).astype(np.float32), perfect=False)
 
 # %% ../nbs/07_codec.ipynb #decoder
 STEP = 2**16  # codes that are decoded at a time
@@ -175,17 +175,6 @@ def _from_bytes(data, dtype, shape): # uint8 array, a key of DTYPES → tensor
         return torch.empty(shape, dtype=DTYPES[dtype])
     return torch.from_numpy(data.copy()).view(DTYPES[dtype]).reshape(shape)
 
-# %% ../nbs/07_codec.ipynb #container
-def _container(arrays, metadata): # {name: bytes}, {str: str} → bytes
-    sizes = {name: len(data) for name, data in arrays.items() if data}
-    sizes["checksums"] = 4 * (len(sizes) + 1)
-    entries = _entries(sizes)
-    head = _head({"__metadata__": metadata} | entries)
-    parts = {name: arrays.get(name, b"") for name in entries}
-    sums = [zlib.crc32(head)] + [zlib.crc32(data) for name, data in parts.items() if name != "checksums"]
-    parts["checksums"] = np.array(sums, "<u4").tobytes()
-    return head + b"".join(parts.values())
-
 # %% ../nbs/07_codec.ipynb #entries
 def _entries(sizes): # {name: bytes of the array} → {name: its entry in the header}, in the order of the file
     entries = {}
@@ -209,64 +198,29 @@ def _head(header): # dict → its length and its text, padded to a multiple of e
                          f"of which a file holds at most {MAX_HEADER:,}")
     return len(text).to_bytes(8, "little") + text
 
-# %% ../nbs/07_codec.ipynb #open-container
-VERSION = "1"
+# %% ../nbs/07_codec.ipynb #container
+def _container(arrays, metadata): # {name: bytes}, {str: str} → bytes
+    sizes = {name: len(data) for name, data in arrays.items() if data}
+    sizes["checksums"] = 4 * (len(sizes) + 1)
+    entries = _entries(sizes)
+    head = _head({"__metadata__": metadata} | entries)
+    parts = {name: arrays.get(name, b"") for name in entries}
+    sums = [zlib.crc32(head)] + [zlib.crc32(data) for name, data in parts.items() if name != "checksums"]
+    parts["checksums"] = np.array(sums, "<u4").tobytes()
+    return head + b"".join(parts.values())
 
+# %% ../nbs/07_codec.ipynb #is-count
+def _is_count(value, least=0):
+    return type(value) is int and least <= value < 2**40
 
-def _open_container(data): # uint8 array → metadata, {name: uint8 array}
-    length = _header_length(data)
-    head, body = data[:8 + length], data[8 + length:]
-    header = _json(head[8:].tobytes(), dict)
-    metadata = header.pop("__metadata__", None)
-    _need(isinstance(metadata, dict) and metadata.get("format") == "deepkmeans", "this is no deepkmeans file")
-    version = metadata.get("version")
-    _need(version == VERSION, f"version {_shown(version)} of the format is not known; this reader knows {VERSION!r}")
-    arrays = _arrays(header, body)
-    _check_sums({"header": head} | arrays)
-    arrays.pop("checksums", None)
-    return metadata, arrays
+# %% ../nbs/07_codec.ipynb #is-shape
+def _is_shape(shape, least=0):
+    fits = isinstance(shape, list) and len(shape) <= 8 and all(_is_count(s, least) for s in shape)
+    return fits and prod(max(s, 1) for s in shape) < 2**40
 
-# %% ../nbs/07_codec.ipynb #header-length
-def _header_length(data):
-    length = int.from_bytes(data[:8].tobytes(), "little") if len(data) > 8 else 0
-    _need(2 <= length <= min(len(data) - 8, MAX_HEADER),
-          f"no compressed file, or a part of one: a header of {length:,} bytes "
-          f"does not fit a file of {len(data):,} bytes")
-    return length
-
-# %% ../nbs/07_codec.ipynb #check-sums
-def _check_sums(parts): # {name: uint8 array}, the header first
-    sums = parts.get("checksums", np.empty(0, np.uint8))
-    parts = {name: part for name, part in parts.items() if name != "checksums"}
-    _need(len(sums) == 4 * len(parts), "the list of checksums has a wrong length")
-    for (name, part), wanted in zip(parts.items(), sums.copy().view("<u4").tolist()):
-        _need(zlib.crc32(part) == wanted, f"{name} does not match its checksum")
-
-# %% ../nbs/07_codec.ipynb #arrays
-def _arrays(header, body): # → {name: uint8 array}, one after the other and nothing else
-    arrays = {}
-    at = 0
-    for name, entry in header.items():
-        dtype = _array_dtype(name)
-        shape = entry.get("shape") if isinstance(entry, dict) else None
-        _need(_is_shape(shape) and len(shape) == 1, f"array {name!r} has no valid shape")
-        end = at + shape[0] * DTYPES[dtype].itemsize
-        follows = entry == {"dtype": dtype, "shape": shape, "data_offsets": [at, end]}
-        _need(follows, f"array {name!r} does not follow the one before it")
-        arrays[name] = body[at:end]
-        at = end
-    _need(at == len(body), f"the header speaks of {at} bytes of arrays, but {len(body)} follow it")
-    return arrays
-
-# %% ../nbs/07_codec.ipynb #json
-def _json(text, kind): # bytes or str → a value of that type, or CompressedFileError
-    try:
-        text = text if isinstance(text, str) else text.decode()
-        value = json.loads(text, parse_int=_integer, parse_constant=_no_constant, object_pairs_hook=_object)
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise CompressedFileError(f"the header is no valid JSON: {error}") from None
-    _need(isinstance(value, kind), f"the header holds a {type(value).__name__} instead of a {kind.__name__}")
-    return value
+# %% ../nbs/07_codec.ipynb #is-name
+def _is_name(value): # without control characters, half surrogates and what turns the direction of writing
+    return isinstance(value, str) and value.isprintable()
 
 # %% ../nbs/07_codec.ipynb #integer
 def _integer(digits):
@@ -285,18 +239,64 @@ def _object(pairs):
         raise ValueError("a name stands twice in one object")
     return value
 
-# %% ../nbs/07_codec.ipynb #is-count
-def _is_count(value, least=0):
-    return type(value) is int and least <= value < 2**40
+# %% ../nbs/07_codec.ipynb #json
+def _json(text, kind): # bytes or str → a value of that type, or CompressedFileError
+    try:
+        text = text if isinstance(text, str) else text.decode()
+        value = json.loads(text, parse_int=_integer, parse_constant=_no_constant, object_pairs_hook=_object)
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise CompressedFileError(f"the header is no valid JSON: {error}") from None
+    _need(isinstance(value, kind), f"the header holds a {type(value).__name__} instead of a {kind.__name__}")
+    return value
 
-# %% ../nbs/07_codec.ipynb #is-shape
-def _is_shape(shape, least=0):
-    fits = isinstance(shape, list) and len(shape) <= 8 and all(_is_count(s, least) for s in shape)
-    return fits and prod(max(s, 1) for s in shape) < 2**40
+# %% ../nbs/07_codec.ipynb #header-length
+def _header_length(data):
+    length = int.from_bytes(data[:8].tobytes(), "little") if len(data) > 8 else 0
+    _need(2 <= length <= min(len(data) - 8, MAX_HEADER),
+          f"no compressed file, or a part of one: a header of {length:,} bytes "
+          f"does not fit a file of {len(data):,} bytes")
+    return length
 
-# %% ../nbs/07_codec.ipynb #is-name
-def _is_name(value): # without control characters, half surrogates and what turns the direction of writing
-    return isinstance(value, str) and value.isprintable()
+# %% ../nbs/07_codec.ipynb #arrays
+def _arrays(header, body): # → {name: uint8 array}, one after the other and nothing else
+    arrays = {}
+    at = 0
+    for name, entry in header.items():
+        dtype = _array_dtype(name)
+        shape = entry.get("shape") if isinstance(entry, dict) else None
+        _need(_is_shape(shape) and len(shape) == 1, f"array {name!r} has no valid shape")
+        end = at + shape[0] * DTYPES[dtype].itemsize
+        follows = entry == {"dtype": dtype, "shape": shape, "data_offsets": [at, end]}
+        _need(follows, f"array {name!r} does not follow the one before it")
+        arrays[name] = body[at:end]
+        at = end
+    _need(at == len(body), f"the header speaks of {at} bytes of arrays, but {len(body)} follow it")
+    return arrays
+
+# %% ../nbs/07_codec.ipynb #check-sums
+def _check_sums(parts): # {name: uint8 array}, the header first
+    sums = parts.get("checksums", np.empty(0, np.uint8))
+    parts = {name: part for name, part in parts.items() if name != "checksums"}
+    _need(len(sums) == 4 * len(parts), "the list of checksums has a wrong length")
+    for (name, part), wanted in zip(parts.items(), sums.copy().view("<u4").tolist()):
+        _need(zlib.crc32(part) == wanted, f"{name} does not match its checksum")
+
+# %% ../nbs/07_codec.ipynb #open-container
+VERSION = "1"
+
+
+def _open_container(data): # uint8 array → metadata, {name: uint8 array}
+    length = _header_length(data)
+    head, body = data[:8 + length], data[8 + length:]
+    header = _json(head[8:].tobytes(), dict)
+    metadata = header.pop("__metadata__", None)
+    _need(isinstance(metadata, dict) and metadata.get("format") == "deepkmeans", "this is no deepkmeans file")
+    version = metadata.get("version")
+    _need(version == VERSION, f"version {_shown(version)} of the format is not known; this reader knows {VERSION!r}")
+    arrays = _arrays(header, body)
+    _check_sums({"header": head} | arrays)
+    arrays.pop("checksums", None)
+    return metadata, arrays
 
 # %% ../nbs/07_codec.ipynb #layer
 class StoredLayer(NamedTuple):
@@ -324,6 +324,12 @@ class StoredLayer(NamedTuple):
     def index_bytes(self):
         return self.histogram * self.k + 4 * self.words
 
+# %% ../nbs/07_codec.ipynb #has-fitting-numbers
+def _has_fitting_numbers(layer):
+    numbers = layer.n, layer.k, layer.pinned, layer.histogram, layer.words
+    bounded = all(map(_is_count, numbers)) and max(layer.pinned, layer.histogram) <= 1 and 1 <= layer.k <= MAX_K
+    return bounded and layer.n * row_length(layer.shape, layer.layout) == prod(layer.shape)
+
 # %% ../nbs/07_codec.ipynb #stored-layer
 def _stored_layer(line): # a line of the table → StoredLayer, checked by itself
     complete = isinstance(line, list) and len(line) == len(StoredLayer._fields)
@@ -336,11 +342,9 @@ def _stored_layer(line): # a line of the table → StoredLayer, checked by itsel
     _need(_has_fitting_numbers(layer), f"layer {layer.name!r} has numbers that do not fit its shape")
     return layer
 
-# %% ../nbs/07_codec.ipynb #has-fitting-numbers
-def _has_fitting_numbers(layer):
-    numbers = layer.n, layer.k, layer.pinned, layer.histogram, layer.words
-    bounded = all(map(_is_count, numbers)) and max(layer.pinned, layer.histogram) <= 1 and 1 <= layer.k <= MAX_K
-    return bounded and layer.n * row_length(layer.shape, layer.layout) == prod(layer.shape)
+# %% ../nbs/07_codec.ipynb #join
+def _join(layer, name):
+    return f"{layer}.{name}" if layer else name
 
 # %% ../nbs/07_codec.ipynb #table-class
 MAX_NAMES = 2**12  # tensors, shared layers and ties of one file
@@ -358,9 +362,43 @@ class Tables(NamedTuple):
         kinds |= {name: (tuple(shape), DTYPES[dtype]) for name, (dtype, shape) in self.tensors.items()}
         return kinds | {name: kinds[owner] for name, owner in self.ties.items()}, self.ties
 
-# %% ../nbs/07_codec.ipynb #join
-def _join(layer, name):
-    return f"{layer}.{name}" if layer else name
+# %% ../nbs/07_codec.ipynb #table-in
+def _table_in(metadata, name, kind, missing):
+    return _json(metadata[name], kind) if name in metadata else missing
+
+# %% ../nbs/07_codec.ipynb #layer-lines
+def _layer_lines(metadata): # the table of layers without its first line, the columns
+    columns, *lines = _table_in(metadata, "layers", list, []) or [list(StoredLayer._fields)]
+    _need(columns == list(StoredLayer._fields), "the table of layers has unknown columns")
+    return lines
+
+# %% ../nbs/07_codec.ipynb #tensor-lines
+def _tensor_lines(table): # yields (name, (type, shape))
+    for dtype, lines in table.items():
+        _need(dtype in DTYPES and isinstance(lines, list), "the table of tensors has an unknown type")
+        for line in lines:
+            _need(isinstance(line, list) and len(line) == 2, "a line of the table of tensors is not [name, shape]")
+            _need(_is_name(line[0]) and _is_shape(line[1]), f"tensor {_shown(line[0])} has no valid name or shape")
+            yield line[0], (dtype, line[1])
+
+# %% ../nbs/07_codec.ipynb #check-unique
+def _check_unique(listed, ties):
+    names = set(listed)
+    _need(len(names) == len(listed), "a name stands twice in the tables")
+    new = all(_is_name(name) and name not in names for name in ties)
+    _need(new, "the table of ties has a name that is none or stands elsewhere")
+    known = all(isinstance(owner, str) and owner in names for owner in ties.values())
+    _need(known, "the table of ties names what is not there")
+
+# %% ../nbs/07_codec.ipynb #is-number
+def _is_number(value):
+    return type(value) is bool or (type(value) is float and isfinite(value)) or (_is_count(value) and value < 2**31)
+
+# %% ../nbs/07_codec.ipynb #is-architecture
+def _is_architecture(value):
+    if not isinstance(value, dict) or "seed" in value or not _is_name(value.get("name")):
+        return False
+    return all(_is_name(key) and _is_number(v) for key, v in value.items() if key != "name")
 
 # %% ../nbs/07_codec.ipynb #read-tables
 def _tables(metadata): # → Tables, checked by themselves
@@ -376,44 +414,6 @@ def _tables(metadata): # → Tables, checked by themselves
     known = architecture is None or _is_architecture(architecture)
     _need(known, f"the architecture in the file, {_shown(architecture)}, is none")
     return Tables(layers, dict(tensors), ties, architecture)
-
-# %% ../nbs/07_codec.ipynb #table-in
-def _table_in(metadata, name, kind, missing):
-    return _json(metadata[name], kind) if name in metadata else missing
-
-# %% ../nbs/07_codec.ipynb #layer-lines
-def _layer_lines(metadata): # the table of layers without its first line, the columns
-    columns, *lines = _table_in(metadata, "layers", list, []) or [list(StoredLayer._fields)]
-    _need(columns == list(StoredLayer._fields), "the table of layers has unknown columns")
-    return lines
-
-# %% ../nbs/07_codec.ipynb #check-unique
-def _check_unique(listed, ties):
-    names = set(listed)
-    _need(len(names) == len(listed), "a name stands twice in the tables")
-    new = all(_is_name(name) and name not in names for name in ties)
-    _need(new, "the table of ties has a name that is none or stands elsewhere")
-    known = all(isinstance(owner, str) and owner in names for owner in ties.values())
-    _need(known, "the table of ties names what is not there")
-
-# %% ../nbs/07_codec.ipynb #tensor-lines
-def _tensor_lines(table): # yields (name, (type, shape))
-    for dtype, lines in table.items():
-        _need(dtype in DTYPES and isinstance(lines, list), "the table of tensors has an unknown type")
-        for line in lines:
-            _need(isinstance(line, list) and len(line) == 2, "a line of the table of tensors is not [name, shape]")
-            _need(_is_name(line[0]) and _is_shape(line[1]), f"tensor {_shown(line[0])} has no valid name or shape")
-            yield line[0], (dtype, line[1])
-
-# %% ../nbs/07_codec.ipynb #is-architecture
-def _is_architecture(value):
-    if not isinstance(value, dict) or "seed" in value or not _is_name(value.get("name")):
-        return False
-    return all(_is_name(key) and _is_number(v) for key, v in value.items() if key != "name")
-
-# %% ../nbs/07_codec.ipynb #is-number
-def _is_number(value):
-    return type(value) is bool or (type(value) is float and isfinite(value)) or (_is_count(value) and value < 2**31)
 
 # %% ../nbs/07_codec.ipynb #bound
 MAX_DENSE = 2**23  # bytes that any file may decode to
@@ -438,17 +438,17 @@ def _check_size(tables, stored, error=CompressedFileError, max_bytes=inf):
     if size > max_bytes:
         raise error(f"{size:,} bytes of weights and codes are more than max_bytes={max_bytes:,}")
 
+# %% ../nbs/07_codec.ipynb #parametrized
+def _parametrized(name): # "conv.parametrizations.weight.original" → "conv"; None for other names
+    layer, inside, _ = f".{name}".rpartition(".parametrizations.weight.")
+    return layer.removeprefix(".") if inside else None
+
 # %% ../nbs/07_codec.ipynb #state
 def _state(model): # {name in the dense network: tensor, or module whose weight is shared}
     shared = {name: m for name, m in model.named_modules(remove_duplicate=False)
               if parametrize.is_parametrized(m, "weight") and isinstance(m.parametrizations.weight[0], SharedWeight)}
     dense = {name: t for name, t in model.state_dict(keep_vars=True).items() if _parametrized(name) not in shared}
     return dense | {_join(name, "weight"): m for name, m in shared.items()}
-
-# %% ../nbs/07_codec.ipynb #parametrized
-def _parametrized(name): # "conv.parametrizations.weight.original" → "conv"; None for other names
-    layer, inside, _ = f".{name}".rpartition(".parametrizations.weight.")
-    return layer.removeprefix(".") if inside else None
 
 # %% ../nbs/07_codec.ipynb #kind
 def _kind(item): # tensor, or module whose weight is shared → shape, type
@@ -462,6 +462,17 @@ def _outline(state): # → {name: (shape, type)}, {further name: first name of t
     owners = {name: first.setdefault(id(item), name) for name, item in state.items()}
     ties = {name: owner for name, owner in owners.items() if name != owner}
     return {name: _kind(item) for name, item in state.items()}, ties
+
+# %% ../nbs/07_codec.ipynb #rounded
+def _rounded(codebook, dtype, name):
+    rounded = codebook.to(dtype)
+    if not torch.isfinite(rounded).all():
+        raise ValueError(f"the codebook of layer {name!r} is not finite in {dtype}")
+    largest = codebook.abs().max().double()
+    if (rounded.double() - codebook.double()).abs().max() > largest * torch.finfo(dtype).eps / 2:
+        raise ValueError(f"the codebook of layer {name!r} is too small for {dtype}: "
+                         f"its largest number is {largest:.3g}")
+    return rounded
 
 # %% ../nbs/07_codec.ipynb #stored
 CODEBOOK_DTYPES = {None: None, "float32": torch.float32, "float16": torch.float16}
@@ -483,46 +494,17 @@ def _store_layer(name, module, dtype, arrays): # appends to the arrays; → Stor
     return StoredLayer(name, list(weight.shape), weight.layout, len(weight.codes), k, pinned,
                        DTYPE_NAMES[own.dtype], stored, int(len(histogram) > 0), len(words))
 
-# %% ../nbs/07_codec.ipynb #rounded
-def _rounded(codebook, dtype, name):
-    rounded = codebook.to(dtype)
-    if not torch.isfinite(rounded).all():
-        raise ValueError(f"the codebook of layer {name!r} is not finite in {dtype}")
-    largest = codebook.abs().max().double()
-    if (rounded.double() - codebook.double()).abs().max() > largest * torch.finfo(dtype).eps / 2:
-        raise ValueError(f"the codebook of layer {name!r} is too small for {dtype}: "
-                         f"its largest number is {largest:.3g}")
-    return rounded
-
 # %% ../nbs/07_codec.ipynb #store-tensor
 def _store_tensor(name, tensor, arrays): # appends to the arrays; → type, shape
-    if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.dtype not in DTYPE_NAMES:
+    if not isinstance(tensor, torch.Tensor) or tensor.dtype not in DTYPE_NAMES:
         raise ValueError(f"{name!r} is a {getattr(tensor, 'dtype', type(tensor).__name__)}, which a file cannot hold")
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{name!r} has the layout {tensor.layout}, which a file cannot hold")
     if tensor.is_meta:
         raise ValueError(f"{name!r} has no values: it is on the meta device")
     dtype = DTYPE_NAMES[tensor.dtype]
     arrays[f"tensors.{dtype}"] += _to_bytes(tensor)
     return dtype, list(tensor.shape)
-
-# %% ../nbs/07_codec.ipynb #file-bytes
-def file_bytes(
-    model: nn.Module, # a shared network
-    *,
-    codebook_dtype: str | None = None, # "float32" or "float16": type of the codebooks in the file; None: that they have
-    architecture: dict | None = None, # {"name": …, options} for `build`; None: what the network remembers
-) -> bytes:
-    """The content of the file that `save_compressed` writes. Raises `ValueError` as it does."""
-    if codebook_dtype not in CODEBOOK_DTYPES:
-        raise ValueError(f"codebook_dtype={codebook_dtype!r} must be None, 'float32' or 'float16'")
-    state = _state(model)
-    kinds, ties = _outline(state)
-    _check_names(kinds)
-    arrays = defaultdict(bytearray)
-    first = {name: item for name, item in state.items() if name not in ties}
-    layers, tensors = _store(first, CODEBOOK_DTYPES[codebook_dtype], arrays)
-    tables = Tables(layers, tensors, ties, _architecture(model, architecture, kinds, ties))
-    _check_size(tables, sum(map(len, arrays.values())), ValueError)
-    return _container(arrays, _metadata(tables))
 
 # %% ../nbs/07_codec.ipynb #store
 def _store(state, dtype, arrays): # appends to the arrays; → list of StoredLayer, {name: (type, shape)}
@@ -562,6 +544,16 @@ def _blank(architecture, kinds): # without memory, in the floating type of the o
     _, dtype = kinds.get(first, ((), None))
     return model.to(dtype) if DTYPE_NAMES.get(dtype) in FLOATS else model
 
+# %% ../nbs/07_codec.ipynb #misfit
+def _misfit(named, outline): # why `build` does not make a network of that outline from the name, or None
+    if not _is_architecture(named):
+        return "its options are not all numbers"
+    try:
+        model = _blank(named, outline[0])
+    except Exception as error:  # whatever a builder of any library makes of what it was not made for
+        return f"it cannot be built: {error}"
+    return None if _outline(_state(model)) == outline else "build makes other tensors from it"
+
 # %% ../nbs/07_codec.ipynb #architecture
 def _architecture(model, given, *outline): # what `build` makes this network from, or None
     if given is not None and not _is_architecture(given):
@@ -577,15 +569,25 @@ def _architecture(model, given, *outline): # what `build` makes this network fro
                       "the file will not name it and load_compressed needs its argument model")
     return None if problem else named
 
-# %% ../nbs/07_codec.ipynb #misfit
-def _misfit(named, outline): # why `build` does not make a network of that outline from the name, or None
-    if not _is_architecture(named):
-        return "its options are not all numbers"
-    try:
-        model = _blank(named, outline[0])
-    except Exception as error:  # whatever a builder of any library makes of what it was not made for
-        return f"it cannot be built: {error}"
-    return None if _outline(_state(model)) == outline else "build makes other tensors from it"
+# %% ../nbs/07_codec.ipynb #file-bytes
+def file_bytes(
+    model: nn.Module, # a shared network
+    *,
+    codebook_dtype: str | None = None, # "float32" or "float16": type of the codebooks in the file; None: that they have
+    architecture: dict | None = None, # {"name": …, options} for `build`; None: what the network remembers
+) -> bytes:
+    """The content of the file that `save_compressed` writes. Raises `ValueError` as it does."""
+    if codebook_dtype not in CODEBOOK_DTYPES:
+        raise ValueError(f"codebook_dtype={codebook_dtype!r} must be None, 'float32' or 'float16'")
+    state = _state(model)
+    kinds, ties = _outline(state)
+    _check_names(kinds)
+    arrays = defaultdict(bytearray)
+    first = {name: item for name, item in state.items() if name not in ties}
+    layers, tensors = _store(first, CODEBOOK_DTYPES[codebook_dtype], arrays)
+    tables = Tables(layers, tensors, ties, _architecture(model, architecture, kinds, ties))
+    _check_size(tables, sum(map(len, arrays.values())), ValueError)
+    return _container(arrays, _metadata(tables))
 
 # %% ../nbs/07_codec.ipynb #save
 def save_compressed(
@@ -607,43 +609,6 @@ def save_compressed(
     write_file(path, data)
     return len(data)
 
-# %% ../nbs/07_codec.ipynb #content
-@dataclass(frozen=True)
-class Content:
-    """A file that was read and checked, its codes not yet decoded."""
-    tables: Tables
-    parts: dict # {layer name: (codebook (k, d) as in the network, histogram, words)}
-    tensors: dict # {name: tensor}
-    size: int # bytes of the file
-
-    def codes(self, layer): # → (n,) int32
-        _, histogram, words = self.parts[layer.name]
-        return torch.from_numpy(unpack_codes(histogram, words, layer.n, layer.k))
-
-# %% ../nbs/07_codec.ipynb #read
-def _read(source, max_bytes): # path, name of a network on the shelf, or bytes → Content
-    if isinstance(source, bytes):
-        return _content(np.frombuffer(source, np.uint8), max_bytes)
-    path = find(source)
-    _need(path.is_file(), f"path={str(path)!r} is no file{hint(path)}")
-    try:
-        size = path.stat().st_size
-        _need(size <= max_bytes, f"{size:,} bytes are more than max_bytes={max_bytes:,}")
-        return _content(np.fromfile(path, np.uint8), max_bytes)
-    except CompressedFileError as error:
-        raise CompressedFileError(f"{path.name}: {error}") from None
-
-# %% ../nbs/07_codec.ipynb #content-of-data
-def _content(data, max_bytes):
-    metadata, arrays = _open_container(data)
-    tables = _tables(metadata)
-    _check_size(tables, len(data), max_bytes=max_bytes)
-    take = _taker(arrays)
-    parts = {layer.name: _take_layer(layer, take) for layer in tables.layers}
-    tensors = {name: _take_tensor(*kind, take) for name, kind in tables.tensors.items()}
-    _need(not any(map(len, arrays.values())), "there are bytes that no table speaks of")
-    return Content(tables, parts, tensors, len(data))
-
 # %% ../nbs/07_codec.ipynb #take
 def _taker(arrays): # → take(name, number of bytes), which cuts the next bytes off an array
     def take(name, size):
@@ -664,6 +629,83 @@ def _take_layer(layer, take): # → codebook (k, d), histogram, words
 # %% ../nbs/07_codec.ipynb #take-tensor
 def _take_tensor(dtype, shape, take):
     return _from_bytes(take(f"tensors.{dtype}", prod(shape) * DTYPES[dtype].itemsize), dtype, shape)
+
+# %% ../nbs/07_codec.ipynb #content
+@dataclass(frozen=True)
+class Content:
+    """A file that was read and checked, its codes not yet decoded."""
+    tables: Tables
+    parts: dict # {layer name: (codebook (k, d) as in the network, histogram, words)}
+    tensors: dict # {name: tensor}
+    size: int # bytes of the file
+
+    def codes(self, layer): # → (n,) int32
+        _, histogram, words = self.parts[layer.name]
+        return torch.from_numpy(unpack_codes(histogram, words, layer.n, layer.k))
+
+# %% ../nbs/07_codec.ipynb #content-of-data
+def _content(data, max_bytes):
+    metadata, arrays = _open_container(data)
+    tables = _tables(metadata)
+    _check_size(tables, len(data), max_bytes=max_bytes)
+    take = _taker(arrays)
+    parts = {layer.name: _take_layer(layer, take) for layer in tables.layers}
+    tensors = {name: _take_tensor(*kind, take) for name, kind in tables.tensors.items()}
+    _need(not any(map(len, arrays.values())), "there are bytes that no table speaks of")
+    return Content(tables, parts, tensors, len(data))
+
+# %% ../nbs/07_codec.ipynb #read
+def _read(source, max_bytes): # path, name of a network on the shelf, or bytes → Content
+    if isinstance(source, bytes):
+        return _content(np.frombuffer(source, np.uint8), max_bytes)
+    path = find(source)
+    _need(path.is_file(), f"path={str(path)!r} is no file{hint(path)}")
+    try:
+        size = path.stat().st_size
+        _need(size <= max_bytes, f"{size:,} bytes are more than max_bytes={max_bytes:,}")
+        return _content(np.fromfile(path, np.uint8), max_bytes)
+    except CompressedFileError as error:
+        raise CompressedFileError(f"{path.name}: {error}") from None
+
+# %% ../nbs/07_codec.ipynb #skeleton
+def _skeleton(content): # the network that the file names, without memory
+    given = content.tables.architecture
+    kinds, _ = content.tables.outline()
+    _need(given, "the file names no architecture that can be built; pass the network as model")
+    deep = given.get("depth", 0) > len(kinds)
+    _need(not deep, f"the architecture in the file, {_shown(given)}, is deeper than its tensors")
+    try:
+        model = _blank(given, kinds)
+    except Exception as error:  # whatever a builder of any library makes of numbers that it was not made for
+        problem = f"cannot be built: {_shown(str(error))}"
+        raise CompressedFileError(f"the architecture in the file, {_shown(given)}, {problem}") from None
+    held = model.state_dict().keys() >= dict(model.named_buffers()).keys()
+    _need(held, "the network has buffers that no file holds; pass it as model")
+    return model
+
+# %% ../nbs/07_codec.ipynb #fit
+def _check_fit(content, model):
+    _need(not shared_layers(model), "the network has shared layers already; call unshare(model) first")
+    here, ties = _outline(_state(model))
+    there, stored_ties = content.tables.outline()
+    for name in (*here, *there):
+        _need(name in there, f"the file has no {name!r}, which the network has")
+        _need(name in here, f"the network has no {name!r}, which the file has")
+        for what, a, b in zip(("shape", "type"), there[name], here[name]):
+            _need(a == b, f"{name!r} has {what} {a} in the file and {b} in the network")
+    _need(ties == stored_ties, "the network and the file differ in which names stand for one tensor")
+
+# %% ../nbs/07_codec.ipynb #install
+def _install(model, content, codes, assign):
+    state = OrderedDict(content.tensors)
+    state._metadata = model.state_dict()._metadata  # the tensors fit, no module has to translate older ones
+    for layer in content.tables.layers:
+        codebook = content.parts[layer.name][0]
+        module, pinned = model.get_submodule(layer.name), bool(layer.pinned)
+        SharedWeight.attach(module, codebook, codes[layer.name], layer.layout, pinned, unsafe=True)
+        state[_join(layer.name, "parametrizations.weight.original")] = codebook
+    state.update({name: state[owner] for name, owner in content.tables.ties.items() if owner in state})
+    model.load_state_dict(state, strict=False, assign=assign)  # _check_fit saw that nothing else is missing
 
 # %% ../nbs/07_codec.ipynb #load
 def load_compressed(
@@ -687,46 +729,6 @@ def load_compressed(
     _install(target, content, codes, assign=model is None)
     return unshare(target) if dense else target
 
-# %% ../nbs/07_codec.ipynb #install
-def _install(model, content, codes, assign):
-    state = OrderedDict(content.tensors)
-    state._metadata = model.state_dict()._metadata  # the tensors fit, no module has to translate older ones
-    for layer in content.tables.layers:
-        codebook = content.parts[layer.name][0]
-        module, pinned = model.get_submodule(layer.name), bool(layer.pinned)
-        SharedWeight.attach(module, codebook, codes[layer.name], layer.layout, pinned, unsafe=True)
-        state[_join(layer.name, "parametrizations.weight.original")] = codebook
-    state.update({name: state[owner] for name, owner in content.tables.ties.items() if owner in state})
-    model.load_state_dict(state, strict=False, assign=assign)  # _check_fit saw that nothing else is missing
-
-# %% ../nbs/07_codec.ipynb #fit
-def _check_fit(content, model):
-    _need(not shared_layers(model), "the network has shared layers already; call unshare(model) first")
-    here, ties = _outline(_state(model))
-    there, stored_ties = content.tables.outline()
-    for name in (*here, *there):
-        _need(name in there, f"the file has no {name!r}, which the network has")
-        _need(name in here, f"the network has no {name!r}, which the file has")
-        for what, a, b in zip(("shape", "type"), there[name], here[name]):
-            _need(a == b, f"{name!r} has {what} {a} in the file and {b} in the network")
-    _need(ties == stored_ties, "the network and the file differ in which names stand for one tensor")
-
-# %% ../nbs/07_codec.ipynb #skeleton
-def _skeleton(content): # the network that the file names, without memory
-    given = content.tables.architecture
-    kinds, _ = content.tables.outline()
-    _need(given, "the file names no architecture that can be built; pass the network as model")
-    deep = given.get("depth", 0) > len(kinds)
-    _need(not deep, f"the architecture in the file, {_shown(given)}, is deeper than its tensors")
-    try:
-        model = _blank(given, kinds)
-    except Exception as error:  # whatever a builder of any library makes of numbers that it was not made for
-        problem = f"cannot be built: {_shown(str(error))}"
-        raise CompressedFileError(f"the architecture in the file, {_shown(given)}, {problem}") from None
-    held = model.state_dict().keys() >= dict(model.named_buffers()).keys()
-    _need(held, "the network has buffers that no file holds; pass it as model")
-    return model
-
 # %% ../nbs/07_codec.ipynb #decompress
 def decompress(
     path: str | Path, # a file that `save_compressed` wrote, or a name that `deepkmeans list` shows
@@ -744,6 +746,17 @@ def decompress(
         rows = codebook.index_select(0, content.codes(layer))  # (n, d)
         state[_join(layer.name, "weight")] = from_rows(rows, layer.shape, layer.layout)
     return state | {name: state[owner] for name, owner in content.tables.ties.items()}
+
+# %% ../nbs/07_codec.ipynb #row
+def _layer_line(layer, codes):
+    counts = torch.bincount(codes).double()
+    used = counts[counts > 0]
+    size = layer.codebook_bytes + layer.index_bytes
+    entropy = float(-(used / layer.n) @ torch.log2(used / layer.n)) + 0.0  # no minus before a zero
+    return dict(layer=layer.name, shape="×".join(map(str, layer.shape)), layout=layer.layout, n=layer.n, d=layer.d,
+                k=layer.k, pinned=bool(layer.pinned), codebook=layer.stored,
+                bits_per_weight=8 * size / prod(layer.shape), entropy=entropy,
+                bits_per_row=8 * layer.index_bytes / layer.n, bytes=size)
 
 # %% ../nbs/07_codec.ipynb #filereport
 @dataclass(frozen=True)
@@ -767,6 +780,17 @@ class FileReport(Report):
         name = self.architecture["name"] if self.architecture else "a network without a name"
         return f"{name} in {self.bytes:,} bytes\n" + as_text(self.layers, "{:.3f}")
 
+# %% ../nbs/07_codec.ipynb #report
+def report(
+    content: Content, # a file that was read
+) -> FileReport:
+    """What the file holds and where its bytes go."""
+    lines = [_layer_line(layer, content.codes(layer)) for layer in content.tables.layers]
+    kept = sum(t.nbytes for t in content.tensors.values())
+    header = content.size - kept - sum(line["bytes"] for line in lines)
+    rest = dict(layer="other tensors", bytes=kept), dict(layer="header", bytes=header)
+    return FileReport([*lines, *rest], content.tables.architecture)
+
 # %% ../nbs/07_codec.ipynb #inspect
 def inspect(
     path: str | Path, # a file that `save_compressed` wrote, or a name that `deepkmeans list` shows
@@ -779,24 +803,11 @@ def inspect(
     """
     return report(_read(path, max_bytes))
 
-# %% ../nbs/07_codec.ipynb #report
-def report(content): # Content → FileReport
-    lines = [_layer_line(layer, content.codes(layer)) for layer in content.tables.layers]
-    kept = sum(t.nbytes for t in content.tensors.values())
-    header = content.size - kept - sum(line["bytes"] for line in lines)
-    rest = dict(layer="other tensors", bytes=kept), dict(layer="header", bytes=header)
-    return FileReport([*lines, *rest], content.tables.architecture)
-
-# %% ../nbs/07_codec.ipynb #row
-def _layer_line(layer, codes):
-    counts = torch.bincount(codes).double()
-    used = counts[counts > 0]
-    size = layer.codebook_bytes + layer.index_bytes
-    entropy = float(-(used / layer.n) @ torch.log2(used / layer.n)) + 0.0  # no minus before a zero
-    return dict(layer=layer.name, shape="×".join(map(str, layer.shape)), layout=layer.layout, n=layer.n, d=layer.d,
-                k=layer.k, pinned=bool(layer.pinned), codebook=layer.stored,
-                bits_per_weight=8 * size / prod(layer.shape), entropy=entropy,
-                bits_per_row=8 * layer.index_bytes / layer.n, bytes=size)
+# %% ../nbs/07_codec.ipynb #add
+def _add(lines, name, **sizes): # to the line of that name, which is made when it is not there
+    line = lines.setdefault(name, dict(layer=name, k=None, numbers=0, dense=0, codebook=0, indexes=0, kept=0))
+    for key, size in sizes.items():
+        line[key] += size
 
 # %% ../nbs/07_codec.ipynb #file-lines
 def file_lines(
@@ -818,9 +829,3 @@ def file_lines(
     told = sum(line["codebook"] + line["indexes"] + line["kept"] for line in lines.values())
     _add(lines, "header", kept=content.size - told)
     return list(lines.values())
-
-# %% ../nbs/07_codec.ipynb #add
-def _add(lines, name, **sizes): # to the line of that name, which is made when it is not there
-    line = lines.setdefault(name, dict(layer=name, k=None, numbers=0, dense=0, codebook=0, indexes=0, kept=0))
-    for key, size in sizes.items():
-        line[key] += size

@@ -17,7 +17,7 @@ from pathlib import Path
 # %% ../nbs/15_files.ipynb #place
 def place_for_file(
     path: str | Path, # a file that is to be written
-    *inputs, # files that it must not replace
+    *inputs: str | Path, # files that it must not replace
 ) -> Path: # where it will lie, links followed
     """Where a file can be written whole.
 

@@ -22,6 +22,11 @@ from .rows import row_length
 from .plan import LAYERS, TRANSPOSED
 from .sharing import shared_layers
 
+# %% ../nbs/09_hardware.ipynb #adder-bits
+def _adder_bits(dim, weight_bits, activation_bits):
+    # (D−1).bit_length() = ⌈log2 D⌉, without rounding errors
+    return activation_bits + weight_bits + (dim - 1).bit_length() - 1
+
 # %% ../nbs/09_hardware.ipynb #full-adders
 def full_adders(
     dim: int, # length D of the dot product
@@ -37,11 +42,6 @@ def full_adders(
             raise ValueError(f"{name}={value} must be at least 1")
     return dim * weight_bits * activation_bits + (dim - 1) * _adder_bits(dim, weight_bits, activation_bits)
 
-# %% ../nbs/09_hardware.ipynb #adder-bits
-def _adder_bits(dim, weight_bits, activation_bits):
-    # (D−1).bit_length() = ⌈log2 D⌉, without rounding errors
-    return activation_bits + weight_bits + (dim - 1).bit_length() - 1
-
 # %% ../nbs/09_hardware.ipynb #dot-length
 def _dot_length(module, shape):
     if not isinstance(module, TRANSPOSED):
@@ -53,17 +53,15 @@ def _dot_length(module, shape):
 def _macs(module, shape, x, y):
     return (prod(x) if isinstance(module, TRANSPOSED) else prod(y)) * prod(shape[1:])
 
-# %% ../nbs/09_hardware.ipynb #watch
-def _watch(model, input_shape):
-    """({layer: [(shape of the input, shape of the output), a pair for each call]}, MACs of the whole pass)."""
-    calls = {}
-    try:
-        with _recorded(model, calls), _left_as_it_is(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
-            _forward(model, input_shape)
-    except (RuntimeError, TypeError, IndexError) as error:
-        raise ValueError(f"input_shape={_brief(input_shape)}: the network does not run on it ({first_line(error)}); "
-                         "one that looks at the values of its input needs a tensor in place of a shape") from error
-    return calls, counter.get_total_flops() // 2
+# %% ../nbs/09_hardware.ipynb #forward
+def _forward(model, input_shape):
+    if isinstance(input_shape, torch.Tensor):
+        return model(input_shape)
+    named = (*model.named_parameters(), *model.named_buffers())
+    tensors = {name: torch.empty_like(t, device="meta") for name, t in named}
+    dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32)
+    with torch.device("meta"):
+        return functional_call(model, tensors, (torch.empty(1, *input_shape, dtype=dtype),))
 
 # %% ../nbs/09_hardware.ipynb #recorded
 @contextmanager
@@ -98,19 +96,21 @@ def _left_as_it_is(model):
         for m, key, value in tensors:
             setattr(m, key, value)
 
-# %% ../nbs/09_hardware.ipynb #forward
-def _forward(model, input_shape):
-    if isinstance(input_shape, torch.Tensor):
-        return model(input_shape)
-    named = (*model.named_parameters(), *model.named_buffers())
-    tensors = {name: torch.empty_like(t, device="meta") for name, t in named}
-    dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32)
-    with torch.device("meta"):
-        return functional_call(model, tensors, (torch.empty(1, *input_shape, dtype=dtype),))
-
 # %% ../nbs/09_hardware.ipynb #brief
 def _brief(input_shape):
     return f"a tensor {tuple(input_shape.shape)}" if isinstance(input_shape, torch.Tensor) else input_shape
+
+# %% ../nbs/09_hardware.ipynb #watch
+def _watch(model, input_shape):
+    """({layer: [(shape of the input, shape of the output), a pair for each call]}, MACs of the whole pass)."""
+    calls = {}
+    try:
+        with _recorded(model, calls), _left_as_it_is(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
+            _forward(model, input_shape)
+    except (RuntimeError, TypeError, IndexError) as error:
+        raise ValueError(f"input_shape={_brief(input_shape)}: the network does not run on it ({first_line(error)}); "
+                         "one that looks at the values of its input needs a tensor in place of a shape") from error
+    return calls, counter.get_total_flops() // 2
 
 # %% ../nbs/09_hardware.ipynb #stored
 def _stored_bits(weights, density, k, d, bits, indexes):
@@ -119,6 +119,20 @@ def _stored_bits(weights, density, k, d, bits, indexes):
         return bits * k * d + weights // d * index
     positions = weights if indexes and density < 1 else 0
     return min(bits * round(density * weights) + positions, bits * weights)
+
+# %% ../nbs/09_hardware.ipynb #touched
+def _touched(outputs, size, stride, dilation):  # how many places of an axis some output looks at
+    return len({p * stride + i * dilation for p in range(outputs) for i in range(size)})
+
+# %% ../nbs/09_hardware.ipynb #segments
+def _segments(module, shape, output, layout):
+    if isinstance(module, nn.Linear):
+        return prod(output[:-1]) * (1 if layout == "filter" else shape[1])
+    spatial = output[-len(shape[2:]):]
+    touched = [_touched(*axis) for axis in zip(spatial, shape[2:], module.stride, module.dilation)]
+    places = {"scalar": touched, "row": [*touched[:-1], spatial[-1]], "kernel": spatial, "filter": spatial}[layout]
+    images = prod(output) // (shape[0] * prod(spatial))
+    return images * prod(places) * (module.groups if layout == "filter" else module.in_channels)
 
 # %% ../nbs/09_hardware.ipynb #reuse
 def reuse_operations(
@@ -139,20 +153,6 @@ def reuse_operations(
     dim = prod(shape[1:])
     segments = _segments(module, shape, output, layout)
     return k * d * segments, k * (d - 1) * segments + prod(output) * (dim // d - 1)
-
-# %% ../nbs/09_hardware.ipynb #segments
-def _segments(module, shape, output, layout):
-    if isinstance(module, nn.Linear):
-        return prod(output[:-1]) * (1 if layout == "filter" else shape[1])
-    spatial = output[-len(shape[2:]):]
-    touched = [_touched(*axis) for axis in zip(spatial, shape[2:], module.stride, module.dilation)]
-    places = {"scalar": touched, "row": [*touched[:-1], spatial[-1]], "kernel": spatial, "filter": spatial}[layout]
-    images = prod(output) // (shape[0] * prod(spatial))
-    return images * prod(places) * (module.groups if layout == "filter" else module.in_channels)
-
-# %% ../nbs/09_hardware.ipynb #touched
-def _touched(outputs, size, stride, dilation):  # how many places of an axis some output looks at
-    return len({p * stride + i * dilation for p in range(outputs) for i in range(size)})
 
 # %% ../nbs/09_hardware.ipynb #report
 @dataclass(frozen=True)
@@ -204,52 +204,21 @@ def _not_counted(report):
         left.append(f"{report.outside_macs:,} MACs outside of layers")
     return f" (not counted: {', '.join(left)})" if left else ""
 
-# %% ../nbs/09_hardware.ipynb #energy
+# %% ../nbs/09_hardware.ipynb #check-options
 STORED = ("codebook", "indexes")
 USES = ("each", "all", "once")
 COMPUTATION = ("dense", "reuse")
-MAC_BITS = 16
 
 
-def energy(
-    model: nn.Module, # a network, shared, pruned or neither; real or on the meta device
-    input_shape: tuple[int, ...] | torch.Tensor, # (c, h, w) of one image, or a tensor (b, c, h, w) to run it on
-    *,
-    plan: dict | None = None, # {layer name: LayerPlan}: count these dense layers as if they were shared
-    weight_bits: int | dict[str, int] = 16, # bits of a weight (of a codebook entry), or {layer name: bits}, others 16
-    activation_bits: int | dict[str, int] = 16, # bits of an activation, likewise
-    stored: str = "indexes", # what a shared or pruned layer stores: one of STORED
-    uses: str = "each", # how N_w and N_x are read: one of USES
-    computation: str = "dense", # how a shared layer computes, one of COMPUTATION; "reuse": the cheaper of the two ways
-    access_cost: float = 6.0, # MACs for moving the 32 bits of two operands: 6 in the paper; 12 if each word costs 6
-) -> EnergyReport: # for the one image, or for the whole tensor
-    """Computation, weight and activation costs of each convolution and linear layer (eqs. 5 to 7, section 4.2.2).
-
-    The network is run as by `eval` and left as it was. Weights that are exactly zero count as pruned (on the meta
-    device there are none). Raises `ValueError` for an unknown option or layer, a plan for a layer that is shared
-    already, and an input on which the network does not run.
-    """
-    settings = dict(stored=stored, uses=uses, computation=computation, access_cost=access_cost)
-    _check_options(settings)
-    modules = {name: m for name, m in model.named_modules() if isinstance(m, LAYERS)}
-    bits = _bits("weight_bits", weight_bits, modules), _bits("activation_bits", activation_bits, modules)
-    sharing = _sharing(plan or {}, modules, shared_layers(model))
-    calls, all_macs = _watch(model, input_shape)
-    if not calls:
-        raise ValueError(f"input_shape={_brief(input_shape)}: "
-                         f"{type(model).__name__} runs no convolution or linear layer on it")
-    layers = {name: _Layer.of(m, calls[name], *(b[name] for b in bits)) for name, m in modules.items() if name in calls}
-    costs = {name: _layer_costs(layer, *sharing.get(name, (None, "row")), **settings) for name, layer in layers.items()}
-    lines = [{"layer": name or type(model).__name__, **costs[name]} for name in layers]
-    return EnergyReport(lines, _skipped(model, calls), all_macs - sum(line["macs"] for line in lines), settings)
-
-# %% ../nbs/09_hardware.ipynb #check-options
 def _check_options(settings):
     for option, allowed in (("stored", STORED), ("uses", USES), ("computation", COMPUTATION)):
         if settings[option] not in allowed:
             raise ValueError(f"{option}={settings[option]!r} must be one of {', '.join(allowed)}")
 
 # %% ../nbs/09_hardware.ipynb #energy-arguments
+MAC_BITS = 16
+
+
 def _bits(option, value, modules):
     given = value if isinstance(value, dict) else dict.fromkeys(modules, value)
     if unknown := sorted(set(given) - set(modules)):
@@ -258,6 +227,11 @@ def _bits(option, value, modules):
         if not isinstance(bits, int) or isinstance(bits, bool) or bits < 1:
             raise ValueError(f"{option}={bits!r} must be a whole number, at least 1")
     return dict.fromkeys(modules, MAC_BITS) | given
+
+# %% ../nbs/09_hardware.ipynb #clusters
+def _clusters(module, plan):
+    n = module.weight.numel() // row_length(module.weight.shape, plan.layout)
+    return min(plan.clusters(n), n)
 
 # %% ../nbs/09_hardware.ipynb #planned
 def _sharing(plan, modules, shared):  # {layer name: (k, layout)} of what is shared or to be counted so
@@ -268,11 +242,6 @@ def _sharing(plan, modules, shared):  # {layer name: (k, layout)} of what is sha
             raise ValueError(f"plan names {name!r}, which is no convolution or linear layer of the network")
     planned = {name: (_clusters(modules[name], own), own.layout) for name, own in plan.items()}
     return {name: (len(s.counts), s.layout) for name, s in shared.items()} | planned
-
-# %% ../nbs/09_hardware.ipynb #clusters
-def _clusters(module, plan):
-    n = module.weight.numel() // row_length(module.weight.shape, plan.layout)
-    return min(plan.clusters(n), n)
 
 # %% ../nbs/09_hardware.ipynb #skipped
 def _skipped(model, calls):
@@ -342,6 +311,39 @@ def _layer_costs(layer, k, layout, stored, uses, computation, access_cost):
                 density=layer.density, stored_bits=bits, weight_bits=bits / weights,
                 activation_bits=layer.activation_bits, weight_saving=1 - bits / (layer.weight_bits * weights),
                 full_adders=adders, **cost, total=sum(cost.values()), uncompressed=sum(dense.values()))
+
+# %% ../nbs/09_hardware.ipynb #energy
+def energy(
+    model: nn.Module, # a network, shared, pruned or neither; real or on the meta device
+    input_shape: tuple[int, ...] | torch.Tensor, # (c, h, w) of one image, or a tensor (b, c, h, w) to run it on
+    *,
+    plan: dict | None = None, # {layer name: LayerPlan}: count these dense layers as if they were shared
+    weight_bits: int | dict[str, int] = 16, # bits of a weight (of a codebook entry), or {layer name: bits}, others 16
+    activation_bits: int | dict[str, int] = 16, # bits of an activation, likewise
+    stored: str = "indexes", # what a shared or pruned layer stores: one of STORED
+    uses: str = "each", # how N_w and N_x are read: one of USES
+    computation: str = "dense", # how a shared layer computes, one of COMPUTATION; "reuse": the cheaper of the two ways
+    access_cost: float = 6.0, # MACs for moving the 32 bits of two operands: 6 in the paper; 12 if each word costs 6
+) -> EnergyReport: # for the one image, or for the whole tensor
+    """Computation, weight and activation costs of each convolution and linear layer (eqs. 5 to 7, section 4.2.2).
+
+    The network is run as by `eval` and left as it was. Weights that are exactly zero count as pruned (on the meta
+    device there are none). Raises `ValueError` for an unknown option or layer, a plan for a layer that is shared
+    already, and an input on which the network does not run.
+    """
+    settings = dict(stored=stored, uses=uses, computation=computation, access_cost=access_cost)
+    _check_options(settings)
+    modules = {name: m for name, m in model.named_modules() if isinstance(m, LAYERS)}
+    bits = _bits("weight_bits", weight_bits, modules), _bits("activation_bits", activation_bits, modules)
+    sharing = _sharing(plan or {}, modules, shared_layers(model))
+    calls, all_macs = _watch(model, input_shape)
+    if not calls:
+        raise ValueError(f"input_shape={_brief(input_shape)}: "
+                         f"{type(model).__name__} runs no convolution or linear layer on it")
+    layers = {name: _Layer.of(m, calls[name], *(b[name] for b in bits)) for name, m in modules.items() if name in calls}
+    costs = {name: _layer_costs(layer, *sharing.get(name, (None, "row")), **settings) for name, layer in layers.items()}
+    lines = [{"layer": name or type(model).__name__, **costs[name]} for name in layers]
+    return EnergyReport(lines, _skipped(model, calls), all_macs - sum(line["macs"] for line in lines), settings)
 
 # %% ../nbs/09_hardware.ipynb #nnd
 # energy of an access to a 16-bit word, in MACs (Chen et al., ISCA 2016)

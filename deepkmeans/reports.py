@@ -30,7 +30,7 @@ class Report:
 
 # %% ../nbs/16_reports.ipynb #as-text
 def as_text(
-    frame, # a pandas frame
+    frame: "pandas.DataFrame", # a line for each layer
     digits: str = "{:.4g}", # how a float is written
 ) -> str:
     """A table to print; on a terminal its columns are broken at the terminal's width."""

@@ -65,6 +65,11 @@ class Card(NamedTuple):
     record: str  # identity of the run that made it
     licence: str = LICENCE
 
+# %% ../nbs/14_shelf.ipynb #fits
+def _fits(record, plan, size): # does it tell of a file of that plan, where it has a name, and size in bytes?
+    shared = record.get("stages", {}).get("shared", {})
+    return record["parameters"].get("plan_name") in (None, "", plan) and shared.get("kib", 0) * 1024 == size
+
 # %% ../nbs/14_shelf.ipynb #record
 def _record_of(path): # → the record of a file, or None
     named = re.fullmatch("(.+_(?:cpu|full))_(.+)", path.stem)
@@ -74,11 +79,6 @@ def _record_of(path): # → the record of a file, or None
     if len(made) == 1:
         return made[0]
     warnings.warn(f"{path.name} is left out: {len(made)} records beside it tell of its plan and its size, not one")
-
-# %% ../nbs/14_shelf.ipynb #fits
-def _fits(record, plan, size): # does it tell of a file of that plan, where it has a name, and size in bytes?
-    shared = record.get("stages", {}).get("shared", {})
-    return record["parameters"].get("plan_name") in (None, "", plan) and shared.get("kib", 0) * 1024 == size
 
 # %% ../nbs/14_shelf.ipynb #read-card
 def _card(name, path): # → Card, or None for a file without a record
@@ -102,7 +102,7 @@ def cards(
 
 # %% ../nbs/14_shelf.ipynb #table
 def table(
-    found, # of `Card`
+    found: list[Card], # of `cards`
 ) -> list: # {column: text} for each
     """The lines of a table of cards: top-1 accuracy in percent of how many test images, size in bytes."""
     return [{"name": card.name, "network": card.network, "data": card.data,
