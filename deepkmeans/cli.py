@@ -57,6 +57,16 @@ def _option(text): # "depth=16" → ("depth", 16)
     except ValueError:
         raise ValueError(f"option={text!r} must have a number, true or false as its value") from None
 
+# %% ../nbs/40_cli.ipynb #told
+def _told(text): # "data=mnist" → ("data", "mnist")
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"card={text!r} must read NAME=VALUE, such as data=mnist")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
 # %% ../nbs/40_cli.ipynb #of-torchvision
 def _of_torchvision(name, num_classes, options): # "resnet18", or "torchvision:resnet18"
     from torchvision import models
@@ -168,7 +178,8 @@ def _before_and_after(images, before, after): # → data, text
 
 # %% ../nbs/40_cli.ipynb #saved
 def _saved(args, model, report): # → data, text
-    size = save_compressed(model, args.output, codebook_dtype=args.codebook)
+    card = dict(map(_told, args.card)) or None
+    size = save_compressed(model, args.output, codebook_dtype=args.codebook, card=card)
     dense = int(compression(model, coding="file").dense_bits) // 8
     sizes = dict(file=str(args.output), bytes=size, dense_bytes=dense, ratio=dense / size)
     text = f"{report}\n\n{args.output}: {dense:,} → {size:,} bytes, {dense / size:.2f}× smaller"
@@ -192,8 +203,8 @@ def _compress(args): # → data, text
 # %% ../nbs/40_cli.ipynb #inspect
 def _inspect(args):
     report = inspect(args.file, max_bytes=args.max_bytes)
-    data = dict(file=str(args.file), bytes=report.bytes, architecture=report.architecture, lines=report.lines)
-    return data, str(report)
+    data = dict(file=str(args.file), bytes=report.bytes, architecture=report.architecture, card=report.card)
+    return data | dict(lines=report.lines), str(report)
 
 # %% ../nbs/40_cli.ipynb #decompress
 def _decompress(args):
@@ -511,6 +522,8 @@ def _plan_options(command):
     add("--exclude", action="append", metavar="GLOB", help=dense)
     dtypes = [name for name in CODEBOOK_DTYPES if name]
     add("--codebook", choices=dtypes, help="type of the codebooks in the file")
+    card = "what the file tells of the network, such as data=mnist; may be repeated"
+    add("--card", action="append", default=[], metavar="NAME=VALUE", help=card)
     add("--seed", type=int, default=0, help="seed of the clustering (default: 0)")
 
 # %% ../nbs/40_cli.ipynb #checkpoint

@@ -356,6 +356,7 @@ class Tables(NamedTuple):
     tensors: dict # {name: (type, shape)} in the order in which they lie in the file
     ties: dict # {further name: first name}
     architecture: dict | None
+    card: dict | None = None # what is told of the network: texts and numbers by name
 
     def outline(self): # → {name: (shape, type)} of the dense network, ties
         kinds = {_join(layer.name, "weight"): (tuple(layer.shape), DTYPES[layer.dtype]) for layer in self.layers}
@@ -400,6 +401,12 @@ def _is_architecture(value):
         return False
     return all(_is_name(key) and _is_number(v) for key, v in value.items() if key != "name")
 
+# %% ../nbs/07_codec.ipynb #is-card
+def _is_card(value):
+    if not isinstance(value, dict):
+        return False
+    return all(_is_name(key) and (_is_name(told) or _is_number(told)) for key, told in value.items())
+
 # %% ../nbs/07_codec.ipynb #read-tables
 def _tables(metadata): # → Tables, checked by themselves
     lines = _layer_lines(metadata)
@@ -413,7 +420,9 @@ def _tables(metadata): # → Tables, checked by themselves
     _check_unique([_join(layer.name, "weight") for layer in layers] + [name for name, _ in tensors], ties)
     known = architecture is None or _is_architecture(architecture)
     _need(known, f"the architecture in the file, {_shown(architecture)}, is none")
-    return Tables(layers, dict(tensors), ties, architecture)
+    card = _table_in(metadata, "card", dict, None)
+    _need(card is None or _is_card(card), f"the card in the file, {_shown(card)}, is none")
+    return Tables(layers, dict(tensors), ties, architecture, card)
 
 # %% ../nbs/07_codec.ipynb #bound
 MAX_DENSE = 2**23  # bytes that any file may decode to
@@ -575,17 +584,20 @@ def file_bytes(
     *,
     codebook_dtype: str | None = None, # "float32" or "float16": type of the codebooks in the file; None: that they have
     architecture: dict | None = None, # {"name": …, options} for `build`; None: what the network remembers
+    card: dict | None = None, # what the file tells of the network, such as data, accuracy, licence: texts and numbers
 ) -> bytes:
     """The content of the file that `save_compressed` writes. Raises `ValueError` as it does."""
     if codebook_dtype not in CODEBOOK_DTYPES:
         raise ValueError(f"codebook_dtype={codebook_dtype!r} must be None, 'float32' or 'float16'")
+    if card is not None and not _is_card(card):
+        raise ValueError(f"card={card!r} must be a dict of printable texts and numbers by name")
     state = _state(model)
     kinds, ties = _outline(state)
     _check_names(kinds)
     arrays = defaultdict(bytearray)
     first = {name: item for name, item in state.items() if name not in ties}
     layers, tensors = _store(first, CODEBOOK_DTYPES[codebook_dtype], arrays)
-    tables = Tables(layers, tensors, ties, _architecture(model, architecture, kinds, ties))
+    tables = Tables(layers, tensors, ties, _architecture(model, architecture, kinds, ties), card)
     _check_size(tables, sum(map(len, arrays.values())), ValueError)
     return _container(arrays, _metadata(tables))
 
@@ -596,16 +608,17 @@ def save_compressed(
     *,
     codebook_dtype: str | None = None, # "float32" or "float16": type of the codebooks in the file; None: that they have
     architecture: dict | None = None, # {"name": …, options} for `build`; None: what the network remembers
+    card: dict | None = None, # what the file tells of the network, such as data, accuracy, licence: texts and numbers
 ) -> int: # bytes written
     """Write the network to a compressed file.
 
     Raises `ValueError` for a tensor that a file cannot hold, for codebooks that `codebook_dtype` cannot hold, for an
-    `architecture` that is another network and for a `path` where no file can stand; `OSError` when it cannot be
-    written; an old file is then still there. Warns when the network was changed so that the file cannot name its
-    architecture.
+    `architecture` that is another network, for a `card` of anything else and for a `path` where no file can stand;
+    `OSError` when it cannot be written; an old file is then still there. Warns when the network was changed so that
+    the file cannot name its architecture.
     """
     place_for_file(path)
-    data = file_bytes(model, codebook_dtype=codebook_dtype, architecture=architecture)
+    data = file_bytes(model, codebook_dtype=codebook_dtype, architecture=architecture, card=card)
     write_file(path, data)
     return len(data)
 
@@ -763,6 +776,7 @@ def _layer_line(layer, codes):
 class FileReport(Report):
     """What a compressed file holds: a line for each shared layer, one for all other tensors and one for the header."""
     architecture: dict | None
+    card: dict | None # what the file tells of the network
 
     @property
     def bytes(self) -> int:
@@ -778,7 +792,8 @@ class FileReport(Report):
 
     def __str__(self):
         name = self.architecture["name"] if self.architecture else "a network without a name"
-        return f"{name} in {self.bytes:,} bytes\n" + as_text(self.layers, "{:.3f}")
+        told = "".join(f"{key}: {value}\n" for key, value in (self.card or {}).items())
+        return f"{name} in {self.bytes:,} bytes\n{told}" + as_text(self.layers, "{:.3f}")
 
 # %% ../nbs/07_codec.ipynb #report
 def report(
@@ -789,7 +804,7 @@ def report(
     kept = sum(t.nbytes for t in content.tensors.values())
     header = content.size - kept - sum(line["bytes"] for line in lines)
     rest = dict(layer="other tensors", bytes=kept), dict(layer="header", bytes=header)
-    return FileReport([*lines, *rest], content.tables.architecture)
+    return FileReport([*lines, *rest], content.tables.architecture, content.tables.card)
 
 # %% ../nbs/07_codec.ipynb #inspect
 def inspect(

@@ -564,6 +564,22 @@ def test_a_file_of_options_that_is_none_is_one_line(folder, tmp_path, monkeypatc
     assert message in said and said.count("\n") == 1
 
 
+def test_a_card_is_written_by_options_or_a_file_and_inspected(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    told = {"data": "a = b", "top-1": 98.5, "licence": "MIT"}
+    (tmp_path / "card.json").write_text(json.dumps({"card": told}))
+    start = "compress lenet.pt --arch lenet5 --K 4 -o"
+    options = "--card", "data=a = b", "--card=top-1=98.5", "--card=licence=MIT"
+    assert main([*f"{start} {tmp_path}/typed.dkm".split(), *options]) == 0
+    assert main(f"{start} {tmp_path}/file.dkm --config {tmp_path}/card.json".split()) == 0
+    capsys.readouterr()
+    for name in ("typed", "file"):
+        assert json.loads(run(f"inspect {tmp_path}/{name}.dkm --json", capsys)[1])["card"] == told
+    assert "licence: MIT\n" in run(f"inspect {tmp_path}/file.dkm", capsys)[1]
+    code, _, err = run(f"{start} {tmp_path}/x.dkm --card licence", capsys)
+    assert code == 1 and "card='licence' must read NAME=VALUE" in err and not (tmp_path / "x.dkm").exists()
+
+
 @pytest.mark.parametrize("name, size", [("ratio", 20), ("plan", "wrn-45"), ("rate", 0.1)])
 def test_a_typed_size_wins_over_another_of_a_file(folder, tmp_path, monkeypatch, capsys, name, size):
     monkeypatch.chdir(folder)

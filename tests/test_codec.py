@@ -277,6 +277,19 @@ def test_the_same_network_gives_the_same_bytes():
 # What a file cannot hold, and networks that a file does not fit
 
 
+def test_a_card_travels_with_the_file_and_changes_nothing_else(tmp_path):
+    net, told = shared_small(), {"data": "mnist, 10,000 images", "top-1": 99.1, "licence": "MIT", "tried": True}
+    save_compressed(net, tmp_path / "told.dkm", card=told)
+    save_compressed(net, tmp_path / "bare.dkm")
+    assert inspect(tmp_path / "told.dkm").card == told and inspect(tmp_path / "bare.dkm").card is None
+    assert "\ntop-1: 99.1\n" in str(inspect(tmp_path / "told.dkm"))
+    one, other = (load_compressed(tmp_path / name, small()).state_dict() for name in ("told.dkm", "bare.dkm"))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    with pytest.raises(ValueError, match="card=.* must be a dict of printable texts and numbers"):
+        save_compressed(net, tmp_path / "bare.dkm", card={"data": "two\nlines"})
+    assert inspect(tmp_path / "bare.dkm").card is None
+
+
 def test_a_network_that_was_changed_is_saved_without_its_name(tmp_path):
     net = build("lenet5")
     net.fc2 = nn.Linear(500, 3)
@@ -380,6 +393,10 @@ def architecture(value):
     return lambda metadata, header, body: metadata.update(architecture=value)
 
 
+def card(value):
+    return lambda metadata, header, body: metadata.update(card=value)
+
+
 def named(table, name):  # a layer, a tensor, a tie or an architecture of that name
     def change(metadata, header, body):
         if table == "layers":
@@ -407,6 +424,11 @@ FORGED = {
     "one with text": architecture({"name": "lenet5", "num_classes": "2"}),
     "one with NaN": architecture({"name": "freshnet_cnn", "dropout": float("nan")}),
     "one with infinity": architecture({"name": "freshnet_cnn", "dropout": float("inf")}),
+    "a card that is a list": card(["data"]),
+    "a card that holds a list": card({"data": ["mnist"]}),
+    "a card of NaN": card({"top-1": float("nan")}),
+    "a card with an escape sequence": card({"data": "\x1b[2J\x1b[31m"}),
+    "a card with a line as a name": card({"a\nb": 1}),
     "one of 4,300 digits": architecture({"name": "lenet5", "num_classes": 10**4299}),
     **{
         f"{what} as the name in {table}": named(table, name)
