@@ -16,6 +16,11 @@ from .models import first_line
 from .rows import to_rows
 from .sharing import shared_layers, unshare
 
+# %% ../nbs/10_export.ipynb #two-in-a-byte
+def _two_in_a_byte(codes):  # the first in the low half
+    pairs = torch.nn.functional.pad(codes.cpu().to(torch.uint8), (0, len(codes) % 2)).view(-1, 2)
+    return (pairs[:, 0] | pairs[:, 1] << 4).numpy().tobytes()
+
 # %% ../nbs/10_export.ipynb #codes
 _CODE_TYPES = ((16, "UINT4"), (256, "UINT8"), (65536, "UINT16"), (2**31, "INT32"))
 
@@ -29,40 +34,6 @@ def _codes_tensor(name, codes, k, opset):  # the codes in the smallest integers 
     else:
         raw = codes.cpu().numpy().astype({"UINT8": "<u1", "UINT16": "<u2", "INT32": "<i4"}[kind]).tobytes()
     return helper.make_tensor(name, getattr(TensorProto, kind), [len(codes)], raw, raw=True)
-
-# %% ../nbs/10_export.ipynb #two-in-a-byte
-def _two_in_a_byte(codes):  # the first in the low half
-    pairs = torch.nn.functional.pad(codes.cpu().to(torch.uint8), (0, len(codes) % 2)).view(-1, 2)
-    return (pairs[:, 0] | pairs[:, 1] << 4).numpy().tobytes()
-
-# %% ../nbs/10_export.ipynb #to-onnx
-def to_onnx(
-    model: torch.nn.Module, # a network, shared or not, on any device; it stays as it is
-    path: str | Path, # file to write
-    input_shape: tuple[int | None, ...], # (c, h, w) of one image; None: any height or width; the file takes any batch
-    *,
-    opset: int = 21, # operator set; 21 packs two codes of up to 16 clusters into a byte, 18 to 20 do not
-) -> Path: # of the file
-    """Write the network in eval mode as ONNX that keeps sharing: codebook, small integers, Cast, Gather, Reshape.
-
-    Networks of float16, float32 and float64 keep their type. The file appears whole or not at all. Raises `ImportError`
-    when onnx or onnxscript is missing, and `ValueError` for an operator set below 18 or above that of the onnx
-    installed, for an image on which the network does not run, for a network that torch cannot export (what it does
-    depends on the numbers in an image, or on a size that shall be free), and when a shared weight that is used is not
-    in the graph.
-    """
-    onnx = _onnx()
-    _check_export(onnx, input_shape, opset)
-    dense = unshare(deepcopy(model)).eval().cpu()
-    batch = _sample(dense, input_shape)
-    used = _used(dense, batch)
-    if None in input_shape:  # torch would export a network that only takes its sample
-        _used(dense, _sample(dense, input_shape, free=96))
-    proto = _export(dense, batch, input_shape, opset)
-    _share_graph(proto, model, dense, used, opset)
-    onnx.checker.check_model(proto)
-    write_file(path, proto.SerializeToString())
-    return Path(path)
 
 # %% ../nbs/10_export.ipynb #onnx
 def _onnx():
@@ -117,31 +88,6 @@ def _export(dense, batch, input_shape, opset):
         why = first_line(error.__cause__ or error)
         raise ValueError(f"input_shape={tuple(input_shape)}: torch cannot export the network ({why})") from error
 
-# %% ../nbs/10_export.ipynb #share-graph
-def _share_graph(proto, model, dense, used, opset):
-    nodes = []
-    for layer, shared in shared_layers(model).items():
-        if layer in used:
-            weight = dense.get_submodule(layer).weight.detach()
-            nodes += _weight_nodes(proto.graph, layer, shared, weight, opset)
-    nodes += _plain(proto)
-    del proto.graph.node[:]
-    proto.graph.node.extend(nodes)
-
-# %% ../nbs/10_export.ipynb #subgraph
-def _weight_nodes(graph, layer, shared, weight, opset):  # replace one initializer of the graph by codebook[codes]
-    from onnx import TensorProto, helper, numpy_helper
-
-    constant = _constant(graph, layer, weight.cpu().numpy())
-    graph.initializer.remove(constant)
-    codebook, codes, indexes, rows, shape = (f"{layer}.{p}" for p in ("codebook", "codes", "indexes", "rows", "shape"))
-    graph.initializer.extend([numpy_helper.from_array(_codebook(shared, weight).numpy(), codebook),
-                              _codes_tensor(codes, shared.codes.long().cpu(), len(shared.counts), opset),
-                              numpy_helper.from_array(torch.tensor(weight.shape).numpy(), shape)])
-    return [helper.make_node("Cast", [codes], [indexes], to=TensorProto.INT32),
-            helper.make_node("Gather", [codebook, indexes], [rows], axis=0),
-            helper.make_node("Reshape", [rows, shape], [constant.name])]
-
 # %% ../nbs/10_export.ipynb #constant
 def _constant(graph, layer, dense):  # the initializer that holds these numbers
     from onnx import numpy_helper
@@ -157,6 +103,20 @@ def _codebook(shared, weight):  # (k, d), as the network uses it
     empty = rows.new_zeros(len(shared.counts), rows.shape[1])
     return empty.index_copy_(0, shared.codes.long().cpu(), rows)
 
+# %% ../nbs/10_export.ipynb #subgraph
+def _weight_nodes(graph, layer, shared, weight, opset):  # replace one initializer of the graph by codebook[codes]
+    from onnx import TensorProto, helper, numpy_helper
+
+    constant = _constant(graph, layer, weight.cpu().numpy())
+    graph.initializer.remove(constant)
+    codebook, codes, indexes, rows, shape = (f"{layer}.{p}" for p in ("codebook", "codes", "indexes", "rows", "shape"))
+    graph.initializer.extend([numpy_helper.from_array(_codebook(shared, weight).numpy(), codebook),
+                              _codes_tensor(codes, shared.codes.long().cpu(), len(shared.counts), opset),
+                              numpy_helper.from_array(torch.tensor(weight.shape).numpy(), shape)])
+    return [helper.make_node("Cast", [codes], [indexes], to=TensorProto.INT32),
+            helper.make_node("Gather", [codebook, indexes], [rows], axis=0),
+            helper.make_node("Reshape", [rows, shape], [constant.name])]
+
 # %% ../nbs/10_export.ipynb #plain
 def _plain(proto):  # the nodes without what torch notes about the source code (kilobytes, with paths of this machine)
     graph = proto.graph
@@ -165,3 +125,43 @@ def _plain(proto):  # the nodes without what torch notes about the source code (
         part.ClearField("metadata_props")
         part.ClearField("doc_string")
     return list(graph.node)
+
+# %% ../nbs/10_export.ipynb #share-graph
+def _share_graph(proto, model, dense, used, opset):
+    nodes = []
+    for layer, shared in shared_layers(model).items():
+        if layer in used:
+            weight = dense.get_submodule(layer).weight.detach()
+            nodes += _weight_nodes(proto.graph, layer, shared, weight, opset)
+    nodes += _plain(proto)
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes)
+
+# %% ../nbs/10_export.ipynb #to-onnx
+def to_onnx(
+    model: torch.nn.Module, # a network, shared or not, on any device; it stays as it is
+    path: str | Path, # file to write
+    input_shape: tuple[int | None, ...], # (c, h, w) of one image; None: any height or width; the file takes any batch
+    *,
+    opset: int = 21, # operator set; 21 packs two codes of up to 16 clusters into a byte, 18 to 20 do not
+) -> Path: # of the file
+    """Write the network in eval mode as ONNX that keeps sharing: codebook, small integers, Cast, Gather, Reshape.
+
+    Networks of float16, float32 and float64 keep their type. The file appears whole or not at all. Raises `ImportError`
+    when onnx or onnxscript is missing, and `ValueError` for an operator set below 18 or above that of the onnx
+    installed, for an image on which the network does not run, for a network that torch cannot export (what it does
+    depends on the numbers in an image, or on a size that shall be free), and when a shared weight that is used is not
+    in the graph.
+    """
+    onnx = _onnx()
+    _check_export(onnx, input_shape, opset)
+    dense = unshare(deepcopy(model)).eval().cpu()
+    batch = _sample(dense, input_shape)
+    used = _used(dense, batch)
+    if None in input_shape:  # torch would export a network that only takes its sample
+        _used(dense, _sample(dense, input_shape, free=96))
+    proto = _export(dense, batch, input_shape, opset)
+    _share_graph(proto, model, dense, used, opset)
+    onnx.checker.check_model(proto)
+    write_file(path, proto.SerializeToString())
+    return Path(path)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'WRAPPERS', 'Enlarge', 'lenet5', 'tt_conv_cnn', 'freshnet_cnn', 'wide_resnet', 'googlenet', 'alexnet',
-           'googlenet_64', 'build', 'load_weights', 'first_line']
+           'googlenet_64', 'build', 'first_line', 'load_weights']
 
 # %% ../nbs/11_models.ipynb #imports
 from collections import OrderedDict
@@ -20,6 +20,15 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+# %% ../nbs/11_models.ipynb #takes-generator
+def _takes_generator(op):
+    return any(argument.name == "generator" for argument in op._schema.arguments)
+
+# %% ../nbs/11_models.ipynb #drawing
+def _drawing(op):  # of randn and the like the overload that takes a generator
+    name = {"default": "generator", "low": "low_generator"}.get(op._overloadname)
+    return getattr(op.overloadpacket, name) if name in op.overloadpacket.overloads() else None
+
 # %% ../nbs/11_models.ipynb #seeded
 class _DrawsFrom(TorchDispatchMode):  # every random operation of this thread takes this generator
     def __init__(self, generator):
@@ -32,15 +41,6 @@ class _DrawsFrom(TorchDispatchMode):  # every random operation of this thread ta
         if _takes_generator(op) and kwargs.get("generator") is None:
             kwargs["generator"] = self.generator
         return op(*args, **kwargs)
-
-# %% ../nbs/11_models.ipynb #takes-generator
-def _takes_generator(op):
-    return any(argument.name == "generator" for argument in op._schema.arguments)
-
-# %% ../nbs/11_models.ipynb #drawing
-def _drawing(op):  # of randn and the like the overload that takes a generator
-    name = {"default": "generator", "low": "low_generator"}.get(op._overloadname)
-    return getattr(op.overloadpacket, name) if name in op.overloadpacket.overloads() else None
 
 # %% ../nbs/11_models.ipynb #seeded-context
 class _CountsForReal(TorchFunctionMode):  # the numbers that a builder computes sizes from, on a device without numbers
@@ -294,6 +294,18 @@ def googlenet_64(
             net.conv1.conv = nn.Conv2d(in_channels, 64, 7, stride=2, padding=3, bias=False)
     return nn.Sequential(OrderedDict(enlarge=Enlarge(64), googlenet=net))
 
+# %% ../nbs/11_models.ipynb #torchvision
+def _torchvision(name, num_classes, seed=0, **options):
+    from torchvision import models
+    short = name.removeprefix("torchvision:")
+    if short not in models.list_models(module=models):
+        raise ValueError(f"name={name!r} must be one of {', '.join(MODELS)}, "
+                         "or a classifier that torchvision.models.list_models() lists")
+    with _seeded(seed):
+        model = models.get_model(short, weights=None, num_classes=num_classes, **options)
+    model.architecture = {"name": name, "num_classes": num_classes, **options}
+    return model if seed is not None else model.to("meta")
+
 # %% ../nbs/11_models.ipynb #build
 _BUILDERS = (lenet5, tt_conv_cnn, freshnet_cnn, wide_resnet, googlenet, alexnet, googlenet_64)
 MODELS = {builder.__name__: builder for builder in _BUILDERS}
@@ -315,17 +327,109 @@ def build(
         raise ValueError(f"name={name!r} must be one of {', '.join(MODELS)}, or torchvision:NAME")
     return MODELS[name](num_classes, **options)
 
-# %% ../nbs/11_models.ipynb #torchvision
-def _torchvision(name, num_classes, seed=0, **options):
-    from torchvision import models
-    short = name.removeprefix("torchvision:")
-    if short not in models.list_models(module=models):
-        raise ValueError(f"name={name!r} must be one of {', '.join(MODELS)}, "
-                         "or a classifier that torchvision.models.list_models() lists")
-    with _seeded(seed):
-        model = models.get_model(short, weights=None, num_classes=num_classes, **options)
-    model.architecture = {"name": name, "num_classes": num_classes, **options}
-    return model if seed is not None else model.to("meta")
+# %% ../nbs/11_models.ipynb #kind-of
+def _kind_of(tensor):
+    if tensor.is_meta:
+        return "without values"
+    if tensor.layout != torch.strided:
+        return "sparse"
+    if tensor.is_quantized:
+        return "quantized"
+    return "complex" if tensor.is_complex() else "dense"
+
+# %% ../nbs/11_models.ipynb #size-and-kind
+def _size(tensor):
+    if tensor is None:
+        return "no such tensor"
+    return "×".join(map(str, tensor.shape)) or "a number"
+
+# %% ../nbs/11_models.ipynb #misfit
+def _misfit(new, own):  # why a tensor of a file cannot replace one of the network, or None
+    if new is None or own is None or new.shape != own.shape:
+        return f"{_size(new)} in the file and {_size(own)} in the network"
+    kinds = _kind_of(new), _kind_of(own)
+    if kinds[0] != kinds[1] or kinds[0] not in ("dense", "complex"):
+        return f"{kinds[0]} in the file and {kinds[1]} in the network"
+
+# %% ../nbs/11_models.ipynb #first-line
+def first_line(
+    error: Exception, # of any kind
+    line: int = 0, # which line of its message
+) -> str: # one line, without what a terminal would take for a command
+    """What an error of another library says, in one line; its kind where it says nothing."""
+    lines = str(error).splitlines() or [""]
+    return "".join(c for c in lines[line].strip() if c.isprintable()) or type(error).__name__
+
+# %% ../nbs/11_models.ipynb #begins
+def _begins(path, *starts, at=0):
+    with open(path, "rb") as file:
+        return file.read(at + 2)[at:].startswith(starts)
+
+# %% ../nbs/11_models.ipynb #is-safetensors
+def _is_safetensors(path):
+    return _begins(path, b"{", at=8)
+
+# %% ../nbs/11_models.ipynb #unreadable
+def _unreadable(path, error):  # why a file could not be read, in one line
+    if not _begins(path, b"PK", b"\x80") and not _is_safetensors(path):  # a zip archive, or the pickle of older days
+        return "neither torch nor safetensors wrote it"
+    if "nsupported global" in str(error):
+        return "it holds Python objects, such as a whole network; save its state_dict()"
+    return f"it is damaged ({first_line(error)[:100]})"
+
+# %% ../nbs/11_models.ipynb #flat
+def _flat(content, prefix=""):
+    tensors = {}
+    versions = {f"{prefix}{name}".rstrip("."): note for name, note in getattr(content, "_metadata", {}).items()}
+    for name, value in content.items() if isinstance(content, dict) else ():
+        if isinstance(value, torch.Tensor):
+            tensors[f"{prefix}{name}"] = value
+        if isinstance(value, dict):
+            inner, notes = _flat(value, f"{prefix}{name}.")
+            tensors |= inner
+            versions |= notes
+    return tensors, versions
+
+# %% ../nbs/11_models.ipynb #read-safetensors
+def _read_safetensors(path):
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+# %% ../nbs/11_models.ipynb #contents
+def _contents(path):  # of a file: {name: tensor} and {module: its note on versions}, nested dictionaries joined by dots
+    if not Path(path).is_file():
+        raise ValueError(f"checkpoint={str(path)!r} is no file")
+    try:
+        if _is_safetensors(path):
+            return _flat(_read_safetensors(path))
+        return _flat(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # each reader has errors of its own for what it does not know
+        problem = f"is neither safetensors nor a state dict that loads with weights_only: {_unreadable(path, error)}"
+        raise ValueError(f"checkpoint={str(path)!r} {problem}") from None
+
+# %% ../nbs/11_models.ipynb #under
+def _under(prefix, tensors):
+    inner = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    return OrderedDict(inner)
+
+# %% ../nbs/11_models.ipynb #prefixes
+# parts of a name that are none of a layer's
+WRAPPERS = {"state_dict", "model_state_dict", "model", "net", "network", "module", "_orig_mod"}
+
+
+def _prefixes(tensors, own):  # what may stand before the network's names
+    first = next(iter(own), "")
+    wrapped = [name.removesuffix(f".{first}") for name in tensors if name.endswith(f".{first}")]
+    return ["", *(f"{before}." for before in wrapped if WRAPPERS >= set(before.split(".")))]
+
+# %% ../nbs/11_models.ipynb #unwrapped
+def _unwrapped(tensors, versions, own):  # the state dict that has most names of the network's own
+    prefix = max(_prefixes(tensors, own), key=lambda prefix: len(_under(prefix, tensors).keys() & own.keys()))
+    state = _under(prefix, tensors)
+    notes = {module: versions.get(f"{prefix}{module}".rstrip("."), note) for module, note in own._metadata.items()}
+    state._metadata = OrderedDict(notes)
+    return state
 
 # %% ../nbs/11_models.ipynb #weights
 def load_weights(
@@ -348,107 +452,3 @@ def load_weights(
         problem = first_line(error, -1)
         raise ValueError(f"checkpoint={str(path)!r} does not fit the architecture: {problem}") from None
     return model
-
-# %% ../nbs/11_models.ipynb #misfit
-def _misfit(new, own):  # why a tensor of a file cannot replace one of the network, or None
-    if new is None or own is None or new.shape != own.shape:
-        return f"{_size(new)} in the file and {_size(own)} in the network"
-    kinds = _kind_of(new), _kind_of(own)
-    if kinds[0] != kinds[1] or kinds[0] not in ("dense", "complex"):
-        return f"{kinds[0]} in the file and {kinds[1]} in the network"
-
-# %% ../nbs/11_models.ipynb #size-and-kind
-def _size(tensor):
-    if tensor is None:
-        return "no such tensor"
-    return "×".join(map(str, tensor.shape)) or "a number"
-
-# %% ../nbs/11_models.ipynb #kind-of
-def _kind_of(tensor):
-    if tensor.is_meta:
-        return "without values"
-    if tensor.layout != torch.strided:
-        return "sparse"
-    if tensor.is_quantized:
-        return "quantized"
-    return "complex" if tensor.is_complex() else "dense"
-
-# %% ../nbs/11_models.ipynb #first-line
-def first_line(
-    error: Exception, # of any kind
-    line: int = 0, # which line of its message
-) -> str: # one line, without what a terminal would take for a command
-    """What an error of another library says, in one line; its kind where it says nothing."""
-    lines = str(error).splitlines() or [""]
-    return "".join(c for c in lines[line].strip() if c.isprintable()) or type(error).__name__
-
-# %% ../nbs/11_models.ipynb #contents
-def _contents(path):  # of a file: {name: tensor} and {module: its note on versions}, nested dictionaries joined by dots
-    if not Path(path).is_file():
-        raise ValueError(f"checkpoint={str(path)!r} is no file")
-    try:
-        if _is_safetensors(path):
-            return _flat(_read_safetensors(path))
-        return _flat(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:  # each reader has errors of its own for what it does not know
-        problem = f"is neither safetensors nor a state dict that loads with weights_only: {_unreadable(path, error)}"
-        raise ValueError(f"checkpoint={str(path)!r} {problem}") from None
-
-# %% ../nbs/11_models.ipynb #unreadable
-def _unreadable(path, error):  # why a file could not be read, in one line
-    if not _begins(path, b"PK", b"\x80") and not _is_safetensors(path):  # a zip archive, or the pickle of older days
-        return "neither torch nor safetensors wrote it"
-    if "nsupported global" in str(error):
-        return "it holds Python objects, such as a whole network; save its state_dict()"
-    return f"it is damaged ({first_line(error)[:100]})"
-
-# %% ../nbs/11_models.ipynb #is-safetensors
-def _is_safetensors(path):
-    return _begins(path, b"{", at=8)
-
-# %% ../nbs/11_models.ipynb #begins
-def _begins(path, *starts, at=0):
-    with open(path, "rb") as file:
-        return file.read(at + 2)[at:].startswith(starts)
-
-# %% ../nbs/11_models.ipynb #read-safetensors
-def _read_safetensors(path):
-    from safetensors.torch import load_file
-
-    return load_file(path)
-
-# %% ../nbs/11_models.ipynb #flat
-def _flat(content, prefix=""):
-    tensors = {}
-    versions = {f"{prefix}{name}".rstrip("."): note for name, note in getattr(content, "_metadata", {}).items()}
-    for name, value in content.items() if isinstance(content, dict) else ():
-        if isinstance(value, torch.Tensor):
-            tensors[f"{prefix}{name}"] = value
-        if isinstance(value, dict):
-            inner, notes = _flat(value, f"{prefix}{name}.")
-            tensors |= inner
-            versions |= notes
-    return tensors, versions
-
-# %% ../nbs/11_models.ipynb #unwrapped
-def _unwrapped(tensors, versions, own):  # the state dict that has most names of the network's own
-    prefix = max(_prefixes(tensors, own), key=lambda prefix: len(_under(prefix, tensors).keys() & own.keys()))
-    state = _under(prefix, tensors)
-    notes = {module: versions.get(f"{prefix}{module}".rstrip("."), note) for module, note in own._metadata.items()}
-    state._metadata = OrderedDict(notes)
-    return state
-
-# %% ../nbs/11_models.ipynb #under
-def _under(prefix, tensors):
-    inner = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-    return OrderedDict(inner)
-
-# %% ../nbs/11_models.ipynb #prefixes
-# parts of a name that are none of a layer's
-WRAPPERS = {"state_dict", "model_state_dict", "model", "net", "network", "module", "_orig_mod"}
-
-
-def _prefixes(tensors, own):  # what may stand before the network's names
-    first = next(iter(own), "")
-    wrapped = [name.removesuffix(f".{first}") for name in tensors if name.endswith(f".{first}")]
-    return ["", *(f"{before}." for before in wrapped if WRAPPERS >= set(before.split(".")))]

@@ -16,28 +16,6 @@ from torch import nn
 
 from ..retrain import evaluate
 
-# %% ../../nbs/20_car.ipynb #remove-filters
-def remove_filters(
-    model: nn.Module, # the network; changed in place
-    layer: str, # name of a convolution
-    consumers: list, # names of all that take its channels: convolutions, normalisation, linear layers after flattening
-    filters: list[int], # indexes of the filters to take out
-):
-    """Take filters out of a convolution, and their channels out of what consumes them. Returns the network.
-
-    Raises `ValueError`, before anything is changed, for a layer without filters, an index out of bounds, a removal of
-    all filters, or a consumer that does not fit. Source: CAR, arXiv 1705.07356.
-    """
-    modules = _weighted(model, (layer, *consumers))
-    n = _filters(modules[layer], layer)
-    keep = _kept(filters, n).to(modules[layer].weight.device)
-    inputs = [_inputs(modules[name], name, n) for name in consumers]
-    _select(modules[layer], keep, 0, "out_channels")
-    for name, (count, dim, field) in zip(consumers, inputs):
-        owned = torch.arange(count, device=keep.device).view(n, -1)[keep]  # the inputs that the kept channels own
-        _select(modules[name], owned.flatten(), dim, field)
-    return model
-
 # %% ../../nbs/20_car.ipynb #weighted
 def _weighted(model, names):  # {name: module} of all modules; those named have a weight
     modules = dict(model.named_modules())
@@ -87,6 +65,28 @@ def _select(module, index, dim, field):
             part = nn.Parameter(part, value.requires_grad)
         setattr(module, name, part)
     setattr(module, field, len(index))
+
+# %% ../../nbs/20_car.ipynb #remove-filters
+def remove_filters(
+    model: nn.Module, # the network; changed in place
+    layer: str, # name of a convolution
+    consumers: list, # names of all that take its channels: convolutions, normalisation, linear layers after flattening
+    filters: list[int], # indexes of the filters to take out
+):
+    """Take filters out of a convolution, and their channels out of what consumes them. Returns the network.
+
+    Raises `ValueError`, before anything is changed, for a layer without filters, an index out of bounds, a removal of
+    all filters, or a consumer that does not fit. Source: CAR, arXiv 1705.07356.
+    """
+    modules = _weighted(model, (layer, *consumers))
+    n = _filters(modules[layer], layer)
+    keep = _kept(filters, n).to(modules[layer].weight.device)
+    inputs = [_inputs(modules[name], name, n) for name in consumers]
+    _select(modules[layer], keep, 0, "out_channels")
+    for name, (count, dim, field) in zip(consumers, inputs):
+        owned = torch.arange(count, device=keep.device).view(n, -1)[keep]  # the inputs that the kept channels own
+        _select(modules[name], owned.flatten(), dim, field)
+    return model
 
 # %% ../../nbs/20_car.ipynb #reduction
 class Reduction(NamedTuple):

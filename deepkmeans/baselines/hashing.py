@@ -37,6 +37,18 @@ def _index_and_sign(n, seed):  # two independent hashes of each position
     first, second = hashes(2 * n, start).reshape(2, n)
     return first, 1 - 2 * (second >> np.uint64(63)).astype(np.int8)
 
+# %% ../../nbs/23_hashing.ipynb #ideal
+def _ideal(budget, weights, sizes):  # (parts,) shares under the bounds, together at most the budget
+    low = 0.0
+    high = sizes.sum() / weights.min()
+    for _ in range(200):
+        middle = (low + high) / 2
+        if np.clip(middle * weights, 1, sizes).sum() <= budget:
+            low = middle
+        else:
+            high = middle
+    return np.clip(low * weights, 1, sizes)
+
 # %% ../../nbs/23_hashing.ipynb #apportion
 def apportion(
     budget: int, # whole number, at least one for each part and at most their sizes together
@@ -54,18 +66,6 @@ def apportion(
     while left := budget - given.sum():
         given[order[:left]] += given[order[:left]] < sizes[order[:left]]
     return given
-
-# %% ../../nbs/23_hashing.ipynb #ideal
-def _ideal(budget, weights, sizes):  # (parts,) shares under the bounds, together at most the budget
-    low = 0.0
-    high = sizes.sum() / weights.min()
-    for _ in range(200):
-        middle = (low + high) / 2
-        if np.clip(middle * weights, 1, sizes).sum() <= budget:
-            low = middle
-        else:
-            high = middle
-    return np.clip(low * weights, 1, sizes)
 
 # %% ../../nbs/23_hashing.ipynb #weight
 class HashedWeight(nn.Module):
@@ -126,7 +126,14 @@ def beta_curve(
 class FrequencyWeight(HashedWeight):
     """A `HashedWeight` of the two-dimensional DCT of each kernel, band by band (Chen et al. 2016)."""
 
-    def __init__(self, shape: tuple, buckets: int, seed: int = 0, alpha: float = 1.0, beta: float = 2.0):
+    def __init__(
+        self,
+        shape: tuple, # of the weight, the two axes of a kernel last
+        buckets: int, # K
+        seed: int = 0, # of both hashes
+        alpha: float = 1.0, # α of the budget along the bands
+        beta: float = 2.0, # β
+    ):
         h, w = shape[-2:]
         bands = np.add.outer(np.arange(h), np.arange(w)).ravel()  # (h·w,)
         filters = prod(shape[:-2])
@@ -149,6 +156,37 @@ class FrequencyWeight(HashedWeight):
 
     def right_inverse(self, weight: torch.Tensor):  # weight -> (K,)
         return super().right_inverse(self.down @ weight @ self.across.T)
+
+# %% ../../nbs/23_hashing.ipynb #budgets
+def _budgets(layers, ratio):  # (layers,) buckets of each; biases stay
+    sizes = [layer.weight.numel() for layer in layers]
+    biases = sum(layer.bias.numel() for layer in layers if layer.bias is not None)
+    most = (sum(sizes) + biases) / (len(sizes) + biases)
+    if not 1 <= ratio <= most:
+        raise ValueError(f"ratio={ratio} must be from 1 to {most:.4g}, which one number for each weight tensor reaches")
+    return apportion(int((sum(sizes) + biases) / ratio) - biases, sizes, sizes)
+
+# %% ../../nbs/23_hashing.ipynb #draw-buckets
+@torch.no_grad()
+def _draw_buckets(buckets, weight, generator):  # uniform, with the mean square of the weight
+    drawn = torch.rand(len(buckets), generator=generator) * 2 - 1
+    buckets.copy_(drawn * (3 * weight.square().mean()).sqrt().cpu())
+
+# %% ../../nbs/23_hashing.ipynb #hash-layers
+def _hash_layers(model, ratio, scratch, include, exclude, seed, make):  # make(layer, shape, buckets, seed) → its weight
+    layers = planned_layers(model, layers_of(model, include, exclude))
+    budgets = _budgets(layers.values(), ratio)
+    hashed = [make(layer, layer.weight.shape, budgets[i], seed + i) for i, layer in enumerate(layers.values())]
+    report = FactorReport([], _others(model, layers))
+    generator = torch.Generator().manual_seed(seed)
+    for (name, layer), weight in zip(layers.items(), hashed):
+        before = layer.weight.detach().clone()
+        parametrize.register_parametrization(layer, "weight", weight.to(before.device))
+        if scratch:
+            _draw_buckets(layer.parametrizations.weight.original, before, generator)
+        error = float((layer.weight.detach() - before).square().sum() / before.square().sum().clamp(min=1e-30))
+        report.lines.append(_factor_line(name, before, (), weight.buckets, error))
+    return report
 
 # %% ../../nbs/23_hashing.ipynb #hashed-net
 def hashed_net(
@@ -193,34 +231,3 @@ def fresh_net(
         return HashedWeight(*settings)
 
     return _hash_layers(model, ratio, scratch, include, exclude, seed, make)
-
-# %% ../../nbs/23_hashing.ipynb #hash-layers
-def _hash_layers(model, ratio, scratch, include, exclude, seed, make):  # make(layer, shape, buckets, seed) → its weight
-    layers = planned_layers(model, layers_of(model, include, exclude))
-    budgets = _budgets(layers.values(), ratio)
-    hashed = [make(layer, layer.weight.shape, budgets[i], seed + i) for i, layer in enumerate(layers.values())]
-    report = FactorReport([], _others(model, layers))
-    generator = torch.Generator().manual_seed(seed)
-    for (name, layer), weight in zip(layers.items(), hashed):
-        before = layer.weight.detach().clone()
-        parametrize.register_parametrization(layer, "weight", weight.to(before.device))
-        if scratch:
-            _draw_buckets(layer.parametrizations.weight.original, before, generator)
-        error = float((layer.weight.detach() - before).square().sum() / before.square().sum().clamp(min=1e-30))
-        report.lines.append(_factor_line(name, before, (), weight.buckets, error))
-    return report
-
-# %% ../../nbs/23_hashing.ipynb #budgets
-def _budgets(layers, ratio):  # (layers,) buckets of each; biases stay
-    sizes = [layer.weight.numel() for layer in layers]
-    biases = sum(layer.bias.numel() for layer in layers if layer.bias is not None)
-    most = (sum(sizes) + biases) / (len(sizes) + biases)
-    if not 1 <= ratio <= most:
-        raise ValueError(f"ratio={ratio} must be from 1 to {most:.4g}, which one number for each weight tensor reaches")
-    return apportion(int((sum(sizes) + biases) / ratio) - biases, sizes, sizes)
-
-# %% ../../nbs/23_hashing.ipynb #draw-buckets
-@torch.no_grad()
-def _draw_buckets(buckets, weight, generator):  # uniform, with the mean square of the weight
-    drawn = torch.rand(len(buckets), generator=generator) * 2 - 1
-    buckets.copy_(drawn * (3 * weight.square().mean()).sqrt().cpu())

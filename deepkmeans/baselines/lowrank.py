@@ -101,13 +101,6 @@ def random_dictionary(
         report.lines.append(_factor_line(name, before, [atoms], len(before) * atoms, error))
     return report
 
-# %% ../../nbs/24_lowrank.ipynb #vbmf
-class VBMF(NamedTuple):
-    """The rank of a matrix under noise, the variance of the noise, and the (rank,) shrunken singular values."""
-    rank: int
-    variance: float
-    values: np.ndarray
-
 # %% ../../nbs/24_lowrank.ipynb #threshold
 def _threshold(alpha):  # x below which a component is null
     from scipy.optimize import brentq
@@ -126,6 +119,12 @@ def _free_energy(variance, squares, M, alpha, least):  # Ω, for (…,) variance
     gain = np.log1p(tau) + alpha * np.log1p(tau / alpha) - tau
     return (x - np.log(x)).sum(-1) + np.where(x > least, gain, 0).sum(-1)
 
+# %% ../../nbs/24_lowrank.ipynb #noise-bounds
+def _noise_bounds(squares, M, alpha, least):  # between which the variance lies
+    most = squares.sum() / (len(squares) * M)
+    h = ceil(len(squares) / (1 + alpha)) - 1
+    return max(squares[h] / (M * least), squares[h:].mean() / M, 1e-14 * most), most
+
 # %% ../../nbs/24_lowrank.ipynb #noise
 def _noise(squares, M, alpha, least):  # the variance that minimises Ω
     from scipy.optimize import minimize_scalar
@@ -143,11 +142,12 @@ def _noise(squares, M, alpha, least):  # the variance that minimises Ω
     found = minimize_scalar(energy, bounds=bounds, method="bounded", options={"xatol": 1e-10})
     return float(np.exp(found.x))
 
-# %% ../../nbs/24_lowrank.ipynb #noise-bounds
-def _noise_bounds(squares, M, alpha, least):  # between which the variance lies
-    most = squares.sum() / (len(squares) * M)
-    h = ceil(len(squares) / (1 + alpha)) - 1
-    return max(squares[h] / (M * least), squares[h:].mean() / M, 1e-14 * most), most
+# %% ../../nbs/24_lowrank.ipynb #vbmf
+class VBMF(NamedTuple):
+    """The rank of a matrix under noise, the variance of the noise, and the (rank,) shrunken singular values."""
+    rank: int
+    variance: float
+    values: np.ndarray
 
 # %% ../../nbs/24_lowrank.ipynb #evbmf
 def evbmf(
@@ -178,6 +178,12 @@ def _convolution(weight, bias=None, **geometry):  # a Conv2d with this weight; t
     layer.bias = None if bias is None else nn.Parameter(bias.detach().clone())
     return layer
 
+# %% ../../nbs/24_lowrank.ipynb #put
+def _put(model, name, factors):  # in the place of the layer of this name
+    parent, _, child = name.rpartition(".")
+    factors.train(model.get_submodule(name).training)
+    setattr(model.get_submodule(parent), child, factors)
+
 # %% ../../nbs/24_lowrank.ipynb #factorise
 def _factorise(model, exclude, factor):  # factor(name, conv) → (factors, ranks, error), or the reason why not
     layers = planned_layers(model, layers_of(model, nn.Conv2d, exclude))
@@ -193,11 +199,16 @@ def _factorise(model, exclude, factor):  # factor(name, conv) → (factors, rank
         _put(model, name, factors.to(weight.device, weight.dtype))
     return report
 
-# %% ../../nbs/24_lowrank.ipynb #put
-def _put(model, name, factors):  # in the place of the layer of this name
-    parent, _, child = name.rpartition(".")
-    factors.train(model.get_submodule(name).training)
-    setattr(model.get_submodule(parent), child, factors)
+# %% ../../nbs/24_lowrank.ipynb #tucker-layers
+def _tucker_layers(conv, core, sides):  # sides: {0: (T, R₄), 1: (S, R₃)}, or one of them
+    geometry = dict(stride=conv.stride, padding=conv.padding, dilation=conv.dilation, padding_mode=conv.padding_mode)
+    parts = OrderedDict()
+    if 1 in sides:
+        parts["reduce"] = _convolution(sides[1].T[:, :, None, None])
+    parts["core"] = _convolution(core, None if 0 in sides else conv.bias, **geometry)
+    if 0 in sides:
+        parts["expand"] = _convolution(sides[0][:, :, None, None], conv.bias)
+    return nn.Sequential(parts)
 
 # %% ../../nbs/24_lowrank.ipynb #tucker-factors
 def _tucker_factors(conv, r_in, r_out):  # None: that side stays → (nn.Sequential, relative error)
@@ -212,17 +223,6 @@ def _tucker_factors(conv, r_in, r_out):  # None: that side stays → (nn.Sequent
     error = max(0.0, 1 - float((core ** 2).sum() / max((weight ** 2).sum(), 1e-300)))
     return _tucker_layers(conv, torch.from_numpy(np.ascontiguousarray(core)), sides), error
 
-# %% ../../nbs/24_lowrank.ipynb #tucker-layers
-def _tucker_layers(conv, core, sides):  # sides: {0: (T, R₄), 1: (S, R₃)}, or one of them
-    geometry = dict(stride=conv.stride, padding=conv.padding, dilation=conv.dilation, padding_mode=conv.padding_mode)
-    parts = OrderedDict()
-    if 1 in sides:
-        parts["reduce"] = _convolution(sides[1].T[:, :, None, None])
-    parts["core"] = _convolution(core, None if 0 in sides else conv.bias, **geometry)
-    if 0 in sides:
-        parts["expand"] = _convolution(sides[0][:, :, None, None], conv.bias)
-    return nn.Sequential(parts)
-
 # %% ../../nbs/24_lowrank.ipynb #bayesian-ranks
 def bayesian_ranks(
     conv: nn.Conv2d, # a Conv2d
@@ -230,6 +230,29 @@ def bayesian_ranks(
     """The Tucker-2 ranks of a convolution by `evbmf` of its unfoldings along input and output (Kim et al. 2016)."""
     weight = conv.weight.detach()
     return tuple(max(1, evbmf(weight.transpose(0, axis).flatten(1)).rank) for axis in (1, 0))
+
+# %% ../../nbs/24_lowrank.ipynb #given-ranks
+def _given_ranks(name, conv, ranks):
+    T, S = conv.weight.shape[:2]
+    r_in, r_out = ranks[name]
+    if not (1 <= r_in <= S and 1 <= r_out <= T):
+        raise ValueError(f"ranks of {name!r} are ({r_in}, {r_out}); they must be at least 1 and at most ({S}, {T})")
+    return r_in, r_out
+
+# %% ../../nbs/24_lowrank.ipynb #shrinking-ranks
+def _shrinking_ranks(conv, first):  # None for a side that stays: one that does not shrink, and the input of the network
+    T, S = conv.weight.shape[:2]
+    r_in, r_out = bayesian_ranks(conv)
+    if first or r_in == S:
+        r_in = None
+    if r_out == T:
+        r_out = None
+    return r_in, r_out
+
+# %% ../../nbs/24_lowrank.ipynb #tucker-size
+def _tucker_size(conv, r_in, r_out):  # weights of the factors
+    T, S, *kernel = conv.weight.shape
+    return S * (r_in or 0) + prod(kernel) * (r_in or S) * (r_out or T) + T * (r_out or 0)
 
 # %% ../../nbs/24_lowrank.ipynb #tucker
 def tucker(
@@ -260,28 +283,17 @@ def tucker(
 
     return _factorise(model, exclude, factor)
 
-# %% ../../nbs/24_lowrank.ipynb #given-ranks
-def _given_ranks(name, conv, ranks):
-    T, S = conv.weight.shape[:2]
-    r_in, r_out = ranks[name]
-    if not (1 <= r_in <= S and 1 <= r_out <= T):
-        raise ValueError(f"ranks of {name!r} are ({r_in}, {r_out}); they must be at least 1 and at most ({S}, {T})")
-    return r_in, r_out
+# %% ../../nbs/24_lowrank.ipynb #only
+def _only(value, axis, rest):  # a pair whose other half is at rest; a word, such as "same", holds for both
+    if isinstance(value, str):
+        return value
+    return (value[0], rest) if axis == 0 else (rest, value[1])
 
-# %% ../../nbs/24_lowrank.ipynb #shrinking-ranks
-def _shrinking_ranks(conv, first):  # None for a side that stays: one that does not shrink, and the input of the network
-    T, S = conv.weight.shape[:2]
-    r_in, r_out = bayesian_ranks(conv)
-    if first or r_in == S:
-        r_in = None
-    if r_out == T:
-        r_out = None
-    return r_in, r_out
-
-# %% ../../nbs/24_lowrank.ipynb #tucker-size
-def _tucker_size(conv, r_in, r_out):  # weights of the factors
-    T, S, *kernel = conv.weight.shape
-    return S * (r_in or 0) + prod(kernel) * (r_in or S) * (r_out or T) + T * (r_out or 0)
+# %% ../../nbs/24_lowrank.ipynb #along
+def _along(conv, axis):  # the geometry of a convolution along one axis
+    options = dict(stride=(conv.stride, 1), padding=(conv.padding, 0), dilation=(conv.dilation, 1))
+    split = {option: _only(value, axis, rest) for option, (value, rest) in options.items()}
+    return split | dict(padding_mode=conv.padding_mode)
 
 # %% ../../nbs/24_lowrank.ipynb #separable-svd
 def _separable_svd(conv):  # the matrix of rows (c, y) and columns (x, n), decomposed
@@ -298,22 +310,14 @@ def _separable_factors(conv, svd, K):
     second = _convolution(horizontal, conv.bias, **_along(conv, 1))
     return nn.Sequential(OrderedDict(vertical=first, horizontal=second))
 
-# %% ../../nbs/24_lowrank.ipynb #along
-def _along(conv, axis):  # the geometry of a convolution along one axis
-    options = dict(stride=(conv.stride, 1), padding=(conv.padding, 0), dilation=(conv.dilation, 1))
-    split = {option: _only(value, axis, rest) for option, (value, rest) in options.items()}
-    return split | dict(padding_mode=conv.padding_mode)
-
-# %% ../../nbs/24_lowrank.ipynb #only
-def _only(value, axis, rest):  # a pair whose other half is at rest; a word, such as "same", holds for both
-    if isinstance(value, str):
-        return value
-    return (value[0], rest) if axis == 0 else (rest, value[1])
-
 # %% ../../nbs/24_lowrank.ipynb #ranks-of-energy
 def _ranks_of_energy(svds, energy):  # the least rank that holds this share, for each layer
     held = {name: svd.S.square().cumsum(0) for name, svd in svds.items()}
     return {name: min(len(h), 1 + int((h < energy * h[-1]).sum())) for name, h in held.items()}
+
+# %% ../../nbs/24_lowrank.ipynb #cost
+def _cost(conv):  # weights of the factors for each rank
+    return conv.kernel_size[0] * conv.in_channels + conv.kernel_size[1] * conv.out_channels
 
 # %% ../../nbs/24_lowrank.ipynb #ranks-of-ratio
 def _ranks_of_ratio(svds, convs, other, ratio):  # those of the largest share whose network is small enough
@@ -336,6 +340,20 @@ def _ranks_of_ratio(svds, convs, other, ratio):  # those of the largest share wh
         else:
             high = middle
     return _ranks_of_energy(svds, low)
+
+# %% ../../nbs/24_lowrank.ipynb #other-numbers
+def _other_numbers(model, convs):  # of the network, normalisation left out
+    dense = round(compression(model, coding="entropy").dense_bits / FLOAT_BITS)
+    return dense - sum(conv.weight.numel() for conv in convs.values())
+
+# %% ../../nbs/24_lowrank.ipynb #check-separable
+def _check_separable(energy, ratio, ranks):
+    if sum(given is not None for given in (energy, ratio, ranks)) != 1:
+        raise ValueError(f"energy={energy}, ratio={ratio}, ranks={ranks}: give exactly one of them")
+    if energy is not None and not 0 < energy <= 1:
+        raise ValueError(f"energy={energy} must be above 0 and at most 1")
+    if ratio is not None and not ratio >= 1:
+        raise ValueError(f"ratio={ratio} must be at least 1")
 
 # %% ../../nbs/24_lowrank.ipynb #separable
 def separable(
@@ -376,21 +394,3 @@ def separable(
         return _separable_factors(conv, svds[name], K), (K,), error
 
     return _factorise(model, exclude, factor)
-
-# %% ../../nbs/24_lowrank.ipynb #check-separable
-def _check_separable(energy, ratio, ranks):
-    if sum(given is not None for given in (energy, ratio, ranks)) != 1:
-        raise ValueError(f"energy={energy}, ratio={ratio}, ranks={ranks}: give exactly one of them")
-    if energy is not None and not 0 < energy <= 1:
-        raise ValueError(f"energy={energy} must be above 0 and at most 1")
-    if ratio is not None and not ratio >= 1:
-        raise ValueError(f"ratio={ratio} must be at least 1")
-
-# %% ../../nbs/24_lowrank.ipynb #cost
-def _cost(conv):  # weights of the factors for each rank
-    return conv.kernel_size[0] * conv.in_channels + conv.kernel_size[1] * conv.out_channels
-
-# %% ../../nbs/24_lowrank.ipynb #other-numbers
-def _other_numbers(model, convs):  # of the network, normalisation left out
-    dense = round(compression(model, coding="entropy").dense_bits / FLOAT_BITS)
-    return dense - sum(conv.weight.numel() for conv in convs.values())

@@ -84,6 +84,11 @@ def prior_weights(
     """What the prior is on."""
     return [m.weight for m in model.modules() if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear))]
 
+# %% ../../nbs/21_sws.ipynb #adam
+def _adam(model, mixture, lr, speed):  # a learning rate for the weights, and one for each part of the mixture
+    parts = [dict(params=[getattr(mixture, name)], lr=speed * rate) for name, rate in RATES.items()]
+    return torch.optim.Adam([dict(params=list(model.parameters()), lr=lr), *parts])
+
 # %% ../../nbs/21_sws.ipynb #train-soft
 def train_soft(
     model: nn.Module, # a trained classifier; changed in place
@@ -119,10 +124,22 @@ def train_soft(
             history.append(dict(zip(("loss", "complexity"), (sums / len(loader)).tolist()), epoch=epoch + 1))
     return history
 
-# %% ../../nbs/21_sws.ipynb #adam
-def _adam(model, mixture, lr, speed):  # a learning rate for the weights, and one for each part of the mixture
-    parts = [dict(params=[getattr(mixture, name)], lr=speed * rate) for name, rate in RATES.items()]
-    return torch.optim.Adam([dict(params=list(model.parameters()), lr=lr), *parts])
+# %% ../../nbs/21_sws.ipynb #divergences
+def _divergences(mean, var):  # (c, c): KL(j‖k), infinite on the diagonal
+    apart = (mean[:, None] - mean).square()
+    kl = (var / var[:, None]).log() / 2 + (var[:, None] + apart) / (2 * var) - 0.5
+    return kl.fill_diagonal_(float("inf"))
+
+# %% ../../nbs/21_sws.ipynb #joined
+def _joined(mix, mean, var, j, k):  # component k becomes part of j, where j < k
+    both = [j, k]
+    keep = torch.arange(len(mix)) != k
+    share = mix[both] / mix[both].sum()
+    if j > 0:  # component 0 keeps the mean 0
+        mean[j] = share @ mean[both]
+    var[j] = share @ var[both]
+    mix[j] = mix[both].sum()
+    return mix[keep], mean[keep], var[keep]
 
 # %% ../../nbs/21_sws.ipynb #merged
 def merged(
@@ -141,28 +158,11 @@ def merged(
         mix, mean, var = _joined(mix, mean, var, j, k)
     return mix.log(), mean, 1 / var
 
-# %% ../../nbs/21_sws.ipynb #divergences
-def _divergences(mean, var):  # (c, c): KL(j‖k), infinite on the diagonal
-    apart = (mean[:, None] - mean).square()
-    kl = (var / var[:, None]).log() / 2 + (var[:, None] + apart) / (2 * var) - 0.5
-    return kl.fill_diagonal_(float("inf"))
-
-# %% ../../nbs/21_sws.ipynb #joined
-def _joined(mix, mean, var, j, k):  # component k becomes part of j, where j < k
-    both = [j, k]
-    keep = torch.arange(len(mix)) != k
-    share = mix[both] / mix[both].sum()
-    if j > 0:  # component 0 keeps the mean 0
-        mean[j] = share @ mean[both]
-    var[j] = share @ var[both]
-    mix[j] = mix[both].sum()
-    return mix[keep], mean[keep], var[keep]
-
 # %% ../../nbs/21_sws.ipynb #quantise
 @torch.no_grad()
 def quantise(
     model: nn.Module, # the network; changed in place
-    components: int, # as `merged` gives them
+    components: tuple, # log proportions, means and precisions (c,), as `merged` gives them
 ) -> list: # for each weight that the prior is on, its codes: 0 where the weight became zero
     """Each weight takes the mean of the component with the largest responsibility for it."""
     log_pi, mean, precision = (t.float() for t in components)
@@ -190,6 +190,11 @@ def sparse_bits(
     values = torch.cat([codes[at], codes.new_zeros(int(fillers.sum()))])
     return sum(index_bits(torch.unique(stream, return_counts=True)[1], "huffman") for stream in (distances, values))
 
+# %% ../../nbs/21_sws.ipynb #unshared
+def _unshared(model):  # numbers of the layers under the prior that are no weights: biases
+    layers = [m for m in model.modules() if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear))]
+    return sum(p.numel() for m in layers for name, p in m.named_parameters(recurse=False) if name != "weight")
+
 # %% ../../nbs/21_sws.ipynb #soft-bits
 def soft_bits(
     model: nn.Module, # the quantised network
@@ -202,8 +207,3 @@ def soft_bits(
     used = set(torch.cat(codes).unique().tolist()) - {0}
     streams = sum(min(sparse_bits(c, width) for width in range(1, 13)) for c in codes)
     return streams + FLOAT_BITS * (len(used) + _unshared(model))
-
-# %% ../../nbs/21_sws.ipynb #unshared
-def _unshared(model):  # numbers of the layers under the prior that are no weights: biases
-    layers = [m for m in model.modules() if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear))]
-    return sum(p.numel() for m in layers for name, p in m.named_parameters(recurse=False) if name != "weight")

@@ -18,6 +18,13 @@ from .lowrank import FactorReport, _others, _factor_line
 from ..plan import CONVOLUTIONS, layers_of
 from ..sharing import planned_layers
 
+# %% ../../nbs/22_tensor_train.ipynb #primes
+def _primes(n):  # the prime factors, largest first
+    if n == 1:
+        return []
+    p = next((p for p in range(2, int(n ** 0.5) + 1) if n % p == 0), n)
+    return sorted([p, *_primes(n // p)], reverse=True)
+
 # %% ../../nbs/22_tensor_train.ipynb #split
 def split(
     n: int, # number of channels
@@ -32,12 +39,20 @@ def split(
     found.sort()
     return (*found[0::2], *reversed(found[1::2]))
 
-# %% ../../nbs/22_tensor_train.ipynb #primes
-def _primes(n):  # the prime factors, largest first
-    if n == 1:
-        return []
-    p = next((p for p in range(2, int(n ** 0.5) + 1) if n % p == 0), n)
-    return sorted([p, *_primes(n // p)], reverse=True)
+# %% ../../nbs/22_tensor_train.ipynb #tt-svd
+def _tt_svd(tensor, ranks):  # the cores of the nearest tensor train
+    import tensorly
+    from tensorly.decomposition import tensor_train
+
+    with tensorly.backend_context("numpy", local_threadsafe=True):
+        cores = tensor_train(tensor.numpy(), rank=[1, *ranks, 1])
+        return [torch.from_numpy(np.asarray(core)) for core in cores]
+
+# %% ../../nbs/22_tensor_train.ipynb #padded
+def _padded(core, size):  # a rank above what the tensor has is filled with zeros
+    full = core.new_zeros(size)
+    full[:core.shape[0], :, :core.shape[2]] = core
+    return full
 
 # %% ../../nbs/22_tensor_train.ipynb #ttweight
 class TTWeight(nn.Module):
@@ -74,20 +89,14 @@ class TTWeight(nn.Module):
         ranks = (1, *self.ranks, 1)
         return [(ranks[k], prod(group), ranks[k + 1]) for k, group in enumerate(self.groups)]
 
-# %% ../../nbs/22_tensor_train.ipynb #tt-svd
-def _tt_svd(tensor, ranks):  # the cores of the nearest tensor train
-    import tensorly
-    from tensorly.decomposition import tensor_train
-
-    with tensorly.backend_context("numpy", local_threadsafe=True):
-        cores = tensor_train(tensor.numpy(), rank=[1, *ranks, 1])
-        return [torch.from_numpy(np.asarray(core)) for core in cores]
-
-# %% ../../nbs/22_tensor_train.ipynb #padded
-def _padded(core, size):  # a rank above what the tensor has is filled with zeros
-    full = core.new_zeros(size)
-    full[:core.shape[0], :, :core.shape[2]] = core
-    return full
+# %% ../../nbs/22_tensor_train.ipynb #naive-train
+def _naive_train(shape, ranks):  # cores x, y, c, s
+    S, C, *kernel = shape
+    if len(ranks) != len(kernel) + 1:
+        axes = f"the {len(kernel) + 2} axes of a weight of shape {tuple(shape)}"
+        raise ValueError(f"ranks={list(ranks)} must be {len(kernel) + 1} for {axes}")
+    order = [len(kernel) + 1, len(kernel), *range(len(kernel))]
+    return TTWeight(shape, [(size,) for size in (*kernel, C, S)], order, ranks)
 
 # %% ../../nbs/22_tensor_train.ipynb #matrix-train
 def _matrix_train(shape, ranks):  # cores (x, y), (c_1, s_1), …
@@ -98,15 +107,6 @@ def _matrix_train(shape, ranks):  # cores (x, y), (c_1, s_1), …
     order = [*range(k + 1, k + 2 * d, 2), *range(k, k + 2 * d, 2), *range(k)]
     return TTWeight(shape, [tuple(kernel), *pairs], order, ranks)
 
-# %% ../../nbs/22_tensor_train.ipynb #naive-train
-def _naive_train(shape, ranks):  # cores x, y, c, s
-    S, C, *kernel = shape
-    if len(ranks) != len(kernel) + 1:
-        axes = f"the {len(kernel) + 2} axes of a weight of shape {tuple(shape)}"
-        raise ValueError(f"ranks={list(ranks)} must be {len(kernel) + 1} for {axes}")
-    order = [len(kernel) + 1, len(kernel), *range(len(kernel))]
-    return TTWeight(shape, [(size,) for size in (*kernel, C, S)], order, ranks)
-
 # %% ../../nbs/22_tensor_train.ipynb #init
 def _draw_cores(parametrization, v, like, generator):  # cores whose product has variance v
     sizes = parametrization.sizes()
@@ -115,6 +115,31 @@ def _draw_cores(parametrization, v, like, generator):  # cores whose product has
         deviation = (v ** (1 / len(sizes)) / size[2]) ** 0.5
         drawn.append(torch.randn(size, generator=generator).mul_(deviation).to(like))
     return drawn
+
+# %% ../../nbs/22_tensor_train.ipynb #ranks-by-layer
+def _ranks_by_layer(ranks, layers):  # {name: ranks}
+    if not isinstance(ranks, dict):
+        return dict.fromkeys(layers, ranks)
+    if unknown := set(ranks) - set(layers):
+        raise ValueError(f"ranks names {sorted(unknown)}; the layers are {', '.join(layers)}")
+    return ranks
+
+# %% ../../nbs/22_tensor_train.ipynb #train
+def _train(name, shape, ranks, naive):
+    if not ranks or min(ranks) < 1:
+        raise ValueError(f"ranks of {name!r} are {list(ranks)}; there must be some, each at least 1")
+    return (_naive_train if naive else _matrix_train)(shape, tuple(ranks))
+
+# %% ../../nbs/22_tensor_train.ipynb #replace
+@torch.no_grad()
+def _replace(layer, train, generator):  # → relative error of the new kernel
+    before = layer.weight.detach().clone()
+    parametrize.register_parametrization(layer, "weight", train)
+    if generator:
+        drawn = _draw_cores(train, float(before.square().mean()), before, generator)
+        for core, value in zip(layer.parametrizations.weight.parameters(), drawn):
+            core.copy_(value)
+    return float((layer.weight - before).square().sum() / before.square().sum().clamp(min=1e-30))
 
 # %% ../../nbs/22_tensor_train.ipynb #tensorize
 def tensorize(
@@ -150,28 +175,3 @@ def tensorize(
         error = _replace(layer, trains[name], generator if scratch else None)
         report.lines.append(_factor_line(name, weight, each[name], numbers, error))
     return report
-
-# %% ../../nbs/22_tensor_train.ipynb #ranks-by-layer
-def _ranks_by_layer(ranks, layers):  # {name: ranks}
-    if not isinstance(ranks, dict):
-        return dict.fromkeys(layers, ranks)
-    if unknown := set(ranks) - set(layers):
-        raise ValueError(f"ranks names {sorted(unknown)}; the layers are {', '.join(layers)}")
-    return ranks
-
-# %% ../../nbs/22_tensor_train.ipynb #train
-def _train(name, shape, ranks, naive):
-    if not ranks or min(ranks) < 1:
-        raise ValueError(f"ranks of {name!r} are {list(ranks)}; there must be some, each at least 1")
-    return (_naive_train if naive else _matrix_train)(shape, tuple(ranks))
-
-# %% ../../nbs/22_tensor_train.ipynb #replace
-@torch.no_grad()
-def _replace(layer, train, generator):  # → relative error of the new kernel
-    before = layer.weight.detach().clone()
-    parametrize.register_parametrization(layer, "weight", train)
-    if generator:
-        drawn = _draw_cores(train, float(before.square().mean()), before, generator)
-        for core, value in zip(layer.parametrizations.weight.parameters(), drawn):
-            core.copy_(value)
-    return float((layer.weight - before).square().sum() / before.square().sum().clamp(min=1e-30))
