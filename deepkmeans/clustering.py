@@ -37,8 +37,8 @@ class Clustering(NamedTuple):
 
 # %% ../nbs/01_clustering.ipynb #decode
 def decode(
-    codes, # (n,) integers
-    codebook, # (k, d)
+    codes: torch.Tensor, # (n,) integers
+    codebook: torch.Tensor, # (k, d)
 ) -> torch.Tensor: # (n, d)
     """The rows that the codes stand for, codebook[codes]."""
     return codebook[codes]
@@ -75,6 +75,27 @@ def _columns(rows, scale, shift=0.0):  # scaled and shifted, coordinate by coord
     columns = torch.empty(rows.shape[::-1], dtype=torch.float64, device=rows.device)
     return columns.copy_(rows.T).mul_(scale).sub_(shift)
 
+# %% ../nbs/01_clustering.ipynb #gaps
+def _gaps(columns, codebook, codes):  # squared distances of rows, given as (d, m), to their centres, (m,) float64
+    total = torch.zeros_like(columns[0])
+    for x, c in zip(columns, codebook.T.contiguous()):  # coordinate by coordinate, as a sum over a short axis is slow
+        total += (x - c.index_select(0, codes)).square_()
+    return total
+
+# %% ../nbs/01_clustering.ipynb #space-of
+def _mean(values, rows, weight, group):  # weighted mean of values(rows), which are (d, m), over all rows: (d,) float64
+    total = torch.zeros(rows.shape[1] + 1, dtype=torch.float64, device=rows.device)
+    for a, b in _chunks(rows):
+        columns = values(rows[a:b])  # (d, m)
+        total[:-1] += _total(columns if weight is None else columns * weight[a:b])
+        total[-1] += b - a if weight is None else _total(weight[a:b])
+    total = _reduced(total, group)
+    return total[:-1] / total[-1]
+
+# %% ../nbs/01_clustering.ipynb #power
+def _power(size):  # the power of two that brings a size to between 1/2 and 1; its inverse is a float too
+    return 2.0 ** -min(max(frexp(float(size))[1], -1022), 1022)
+
 # %% ../nbs/01_clustering.ipynb #space-class
 class _Space(NamedTuple):
     rows: torch.Tensor # (n, d), as they came in
@@ -104,27 +125,6 @@ class _Space(NamedTuple):
 
     def plain(self, inertia):  # a scaled inertia as one of the rows that came in
         return inertia / self.heavy / self.scale / self.scale
-
-# %% ../nbs/01_clustering.ipynb #gaps
-def _gaps(columns, codebook, codes):  # squared distances of rows, given as (d, m), to their centres, (m,) float64
-    total = torch.zeros_like(columns[0])
-    for x, c in zip(columns, codebook.T.contiguous()):  # coordinate by coordinate, as a sum over a short axis is slow
-        total += (x - c.index_select(0, codes)).square_()
-    return total
-
-# %% ../nbs/01_clustering.ipynb #space-of
-def _mean(values, rows, weight, group):  # weighted mean of values(rows), which are (d, m), over all rows: (d,) float64
-    total = torch.zeros(rows.shape[1] + 1, dtype=torch.float64, device=rows.device)
-    for a, b in _chunks(rows):
-        columns = values(rows[a:b])  # (d, m)
-        total[:-1] += _total(columns if weight is None else columns * weight[a:b])
-        total[-1] += b - a if weight is None else _total(weight[a:b])
-    total = _reduced(total, group)
-    return total[:-1] / total[-1]
-
-# %% ../nbs/01_clustering.ipynb #power
-def _power(size):  # the power of two that brings a size to between 1/2 and 1; its inverse is a float too
-    return 2.0 ** -min(max(frexp(float(size))[1], -1022), 1022)
 
 # %% ../nbs/01_clustering.ipynb #space-code
 def _space(rows, weight=None, group=None, codebook=None):  # codebook: centres that did not come from the rows
@@ -181,16 +181,7 @@ def _search_tree(codebook):  # to proposals (m, 2), and for which rows the first
     from deepkmeans.kernels import make_search
 
     search = make_search(codebook.numpy())
-    return lambda queries: map(torch.from_numpy, search(queries.numpy()))
-
-# %% ../nbs/01_clustering.ipynb #search-keops
-def _keops_search(queries, codebook, top):
-    import pykeops
-    from pykeops.torch import LazyTensor
-
-    pykeops.set_verbose(False)
-    gap = LazyTensor(queries[:, None]) - LazyTensor(codebook[None])  # (m, k, d), symbolic
-    return gap.square().sum(-1).argKmin(top, dim=1)  # (m, top)
+    return lambda queries: tuple(map(torch.from_numpy, search(queries.numpy())))
 
 # %% ../nbs/01_clustering.ipynb #own-folder
 def _own_folder(path):  # in a place where others may write too: what is compiled there is run
@@ -202,15 +193,6 @@ def _own_folder(path):  # in a place where others may write too: what is compile
             what = "is not a folder that is this user's and closed to others; remove it"
             raise PermissionError(f"{path} {what}") from None
     return path
-
-# %% ../nbs/01_clustering.ipynb #keops-trial
-def _keops_trial(d, top, device):  # in a process of its own: does KeOps find what float64 finds?
-    d, top, draw = int(d), int(top), torch.Generator().manual_seed(0)
-    rows, centres = (torch.randn(size, d, generator=draw).to(device) for size in (50, 9))
-    found = _keops_search(rows, centres, top)  # (50, top)
-    squares = torch.cdist(rows.double(), centres.double())  # (50, 9)
-    if not torch.equal(found, squares.topk(top, largest=False).indices):
-        raise SystemExit("it does not find the nearest centres")
 
 # %% ../nbs/01_clustering.ipynb #keops-outcome
 _PATIENCE = 300  # seconds that KeOps may take to compile and answer
@@ -229,14 +211,30 @@ def _outcome(words, seconds):  # of a command: what went wrong, or nothing
         return f"its process died of {signal.Signals(-process.returncode).name}"
     return said.split("\n")[-1] if process.returncode else ""
 
-# %% ../nbs/01_clustering.ipynb #keops-folder
-def _keops_folder():  # for what KeOps compiles with these versions and this compiler, in this user's hands
-    versions = [version(package) for package in ("pykeops", "torch")]
-    compiler = [os.environ.get(name) for name in ("CXX", "CXXFLAGS")]
-    name = f"deepkmeans-keops-{os.getuid()}-{_fingerprint([sys.version, versions, compiler]):x}"
-    folder = _own_folder(Path(tempfile.gettempdir()) / name)
-    os.environ.setdefault("KEOPS_CACHE_FOLDER", str(folder))
-    return folder
+# %% ../nbs/01_clustering.ipynb #fingerprint
+def _fingerprint(value):  # a number of 48 bits
+    data = value.cpu().numpy().tobytes() if isinstance(value, torch.Tensor) else repr(value).encode()
+    return int.from_bytes(hashlib.sha256(data).digest()[:6], "big")
+
+# %% ../nbs/01_clustering.ipynb #search-keops
+def _keops_search(queries, codebook, top):
+    import pykeops
+    from pykeops.torch import LazyTensor
+
+    pykeops.set_verbose(False)
+    gap = LazyTensor(queries[:, None]) - LazyTensor(codebook[None])  # (m, k, d), symbolic
+    return gap.square().sum(-1).argKmin(top, dim=1)  # (m, top)
+
+# %% ../nbs/01_clustering.ipynb #keops-trial
+def _keops_trial(d, top, device):  # in a process of its own: does KeOps find what float64 finds?
+    d = int(d)
+    top = int(top)
+    draw = torch.Generator().manual_seed(0)
+    rows, centres = (torch.randn(size, d, generator=draw).to(device) for size in (50, 9))
+    found = _keops_search(rows, centres, top)  # (50, top)
+    squares = torch.cdist(rows.double(), centres.double())  # (50, 9)
+    if not torch.equal(found, squares.topk(top, largest=False).indices):
+        raise SystemExit("it does not find the nearest centres")
 
 # %% ../nbs/01_clustering.ipynb #keops-tried
 def _tried(folder, d, top, device):  # what went wrong when it was tried, now or by another process
@@ -246,6 +244,15 @@ def _tried(folder, d, top, device):  # what went wrong when it was tried, now or
         program = f"from deepkmeans.clustering import _keops_trial; _keops_trial({d}, {top}, {device!r})"
         told.write_text(_outcome([sys.executable, "-c", program], _PATIENCE))
     return told.read_text()
+
+# %% ../nbs/01_clustering.ipynb #keops-folder
+def _keops_folder():  # for what KeOps compiles with these versions and this compiler, in this user's hands
+    versions = [version(package) for package in ("pykeops", "torch")]
+    compiler = [os.environ.get(name) for name in ("CXX", "CXXFLAGS")]
+    name = f"deepkmeans-keops-{os.getuid()}-{_fingerprint([sys.version, versions, compiler]):x}"
+    folder = _own_folder(Path(tempfile.gettempdir()) / name)
+    os.environ.setdefault("KEOPS_CACHE_FOLDER", str(folder))
+    return folder
 
 # %% ../nbs/01_clustering.ipynb #keops-works
 @lru_cache(None)
@@ -364,7 +371,9 @@ def _nearest(space, codebook, backend, codes=None):
     for name in _ladder(backend, codebook):
         if name == "tree" and name != backend and len(undecided) * k < 2**24:
             continue
-        find, unsure, whole = _finder(space, codebook, name), [], len(undecided) == n
+        find = _finder(space, codebook, name)
+        unsure = []
+        whole = len(undecided) == n
         size = _chunk(space.rows, WORKSPACE if name == "tree" else CACHE)  # that one has threads and blocks of its own
         for a in range(0, len(undecided), size):
             part = undecided[a:a + size]  # (m,)
@@ -406,10 +415,18 @@ def _means(space, codes, k, around=None):
     _reduced(total, space.group)
     return (total[:-1] / total[-1]).T + (space.shift if around is None else around), total[-1]
 
+# %% ../nbs/01_clustering.ipynb #first-process
+def _first_process(has, group):  # (k,) bool: is this the first process that has it?
+    if group is None:
+        return has
+    rank, size = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
+    return _reduced(torch.where(has, rank, size), group, "MIN") == rank
+
 # %% ../nbs/01_clustering.ipynb #update-worst
 def _worst(space, codebook, codes, k):
     # of each cluster: the largest cost (k,), the first row that has it (k, d), are there other rows? (k,)
-    cost, rows, n = space.cost(codebook, codes), space.rows, len(codes)  # (n,), (n, d)
+    rows, n = space.rows, len(codes)
+    cost = space.cost(codebook, codes)  # (n,)
     most = _reduced(cost.new_full((k,), -1).scatter_reduce_(0, codes, cost, "amax"), space.group, "MAX")
     at = (cost == most[codes]).nonzero()[:, 0]
     first = codes.new_full((k,), n).scatter_reduce_(0, codes[at], at, "amin")  # (k,), n where another process has it
@@ -419,13 +436,6 @@ def _worst(space, codebook, codes, k):
     _reduced(row, space.group)
     differs = torch.cat([(rows[a:b] != row[codes[a:b]]).any(1) for a, b in _chunks(rows)])  # (n,)
     return most, row, _reduced(torch.bincount(codes[differs], minlength=k), space.group) > 0
-
-# %% ../nbs/01_clustering.ipynb #first-process
-def _first_process(has, group):  # (k,) bool: is this the first process that has it?
-    if group is None:
-        return has
-    rank, size = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
-    return _reduced(torch.where(has, rank, size), group, "MIN") == rank
 
 # %% ../nbs/01_clustering.ipynb #donors
 def _donors(space, codebook, codes, count):
@@ -499,7 +509,9 @@ def _lloyd_tree(space, k, start, max_iter, tol, backend):
     if nearness < _FINE:
         return _lloyd(space, k, start, max_iter, tol, "direct")
     weight = None if space.weight is None else space.weight.numpy()
-    codebook, n_iter, done = start, 0, False
+    codebook = start
+    n_iter = 0
+    done = False
     while not done:
         start = space.seen(codebook).double().numpy()  # (k, d)
         ends = max_iter - n_iter, tol * space.spread
@@ -509,11 +521,6 @@ def _lloyd_tree(space, k, start, max_iter, tol, backend):
         done = done or n_iter == max_iter
     return codebook, codes, n_iter
 
-# %% ../nbs/01_clustering.ipynb #exactly
-def _exactly(space, x):  # are these the centred rows, without rounding?
-    same = (torch.equal(space.unit(space.rows[a:b]), x[a:b].double()) for a, b in _chunks(x))
-    return space.rows.dtype != torch.float64 or all(same)
-
 # %% ../nbs/01_clustering.ipynb #lloyd-exact
 def _exact(space, k):
     from deepkmeans.kernels import exact
@@ -522,6 +529,14 @@ def _exact(space, k):
     codes = exact(space.scaled(space.rows)[:, 0].cpu().numpy(), weight, k)  # (n,)
     codebook, codes, _ = _update(space, torch.from_numpy(codes).to(space.rows.device), k)
     return codebook, codes, 1
+
+# %% ../nbs/01_clustering.ipynb #returned
+def _returned(space, codebook, codes):  # scaled means as the rows' floating-point type holds them
+    if space.rows.dtype == torch.float64:
+        codebook, _ = _means(space, codes, len(codebook), codebook)  # once more, about themselves: to the last bit
+    dtype = torch.float64 if space.rows.dtype == torch.float64 else torch.float32
+    most = torch.finfo(dtype).max
+    return (codebook / space.scale).clamp(-most, most).to(dtype)
 
 # %% ../nbs/01_clustering.ipynb #settle
 def _settled(space, codebook, codes, backend):
@@ -536,14 +551,6 @@ def _settled(space, codebook, codes, backend):
         if not len(donors):
             return _kept(codebook, codes, taken)
         codebook = codebook.index_copy(0, empty[:len(donors)], row[donors].to(codebook.dtype))
-
-# %% ../nbs/01_clustering.ipynb #returned
-def _returned(space, codebook, codes):  # scaled means as the rows' floating-point type holds them
-    if space.rows.dtype == torch.float64:
-        codebook, _ = _means(space, codes, len(codebook), codebook)  # once more, about themselves: to the last bit
-    dtype = torch.float64 if space.rows.dtype == torch.float64 else torch.float32
-    most = torch.finfo(dtype).max
-    return (codebook / space.scale).clamp(-most, most).to(dtype)
 
 # %% ../nbs/01_clustering.ipynb #seeding
 def _uniform(generator, *shape):
@@ -578,6 +585,11 @@ def _greedy_plusplus(x, weight, first, draws):
         chosen.append(drawn[best])
         potential = lowered[best]
     return chosen
+
+# %% ../nbs/01_clustering.ipynb #exactly
+def _exactly(space, x):  # are these the centred rows, without rounding?
+    same = (torch.equal(space.unit(space.rows[a:b]), x[a:b].double()) for a, b in _chunks(x))
+    return space.rows.dtype != torch.float64 or all(same)
 
 # %% ../nbs/01_clustering.ipynb #too-large
 def _too_large(n, d):
@@ -667,7 +679,10 @@ def _checked_init(init, d, k, device):
     return init.to(device, torch.float64)
 
 # %% ../nbs/01_clustering.ipynb #pinned-rows
-def pinned_rows(n, share):
+def pinned_rows(
+    n: int, # number of rows
+    share: float, # of them, between 0 and 1
+) -> int:
     """How many of n rows a share of them is: none only where the share is zero."""
     return max(1, round(share * n)) if share else 0
 
@@ -749,6 +764,13 @@ def _generator(seed):
         raise ValueError(f"seed={seed} must be between -2**63 and 2**64 - 1")
     return torch.Generator().manual_seed(seed)
 
+# %% ../nbs/01_clustering.ipynb #distinct-code
+def _distinct(start):  # without the repeated centres, which would share out their rows at random
+    values, where = (start + 0.0).unique(dim=0, return_inverse=True)
+    at = torch.arange(len(start), device=start.device)  # (k,)
+    first = where.new_full((len(values),), len(start)).scatter_reduce_(0, where, at, "amin")
+    return start[first.sort().values]
+
 # %% ../nbs/01_clustering.ipynb #fit
 def _fit(space, k, init, max_iter, tol, backend, generator):
     if backend == "exact":
@@ -762,13 +784,6 @@ def _fit(space, k, init, max_iter, tol, backend, generator):
     cost = _reduced(_total(space.cost(space.scaled(codebook), codes)), space.group)
     # with scaled inertia: that of the rows may vanish or overflow
     return Clustering(codebook, codes, float(cost), n_iter)
-
-# %% ../nbs/01_clustering.ipynb #distinct-code
-def _distinct(start):  # without the repeated centres, which would share out their rows at random
-    values, where = (start + 0.0).unique(dim=0, return_inverse=True)
-    at = torch.arange(len(start), device=start.device)  # (k,)
-    first = where.new_full((len(values),), len(start)).scatter_reduce_(0, where, at, "amin")
-    return start[first.sort().values]
 
 # %% ../nbs/01_clustering.ipynb #together
 @contextmanager
@@ -784,11 +799,6 @@ def _together(group, rows):  # an error in one process of the group becomes one 
         raise problem
     if failed:
         raise ValueError("another process of the group refused its arguments; its error says why")
-
-# %% ../nbs/01_clustering.ipynb #fingerprint
-def _fingerprint(value):  # a number of 48 bits
-    data = value.cpu().numpy().tobytes() if isinstance(value, torch.Tensor) else repr(value).encode()
-    return int.from_bytes(hashlib.sha256(data).digest()[:6], "big")
 
 # %% ../nbs/01_clustering.ipynb #check-same
 def _check_same(group, device, **arguments):
@@ -828,18 +838,18 @@ def _tries(init, n_init):
 
 # %% ../nbs/01_clustering.ipynb #kmeans
 def kmeans(
-    rows, # (n, d) real numbers to cluster: a tensor on any device, an array, a data frame
+    rows: torch.Tensor | np.ndarray, # (n, d) real numbers to cluster: a tensor on any device, an array, a data frame
     k: int, # number of clusters, 1 ≤ k ≤ n
     *,
-    init="k-means++", # "k-means++", "random", or a (k, d) codebook to start from
+    init: str | torch.Tensor | np.ndarray = "k-means++", # "k-means++", "random", or a (k, d) codebook to start from
     pinned_zero: float = 0.0, # share of the rows, those of smallest norm, whose centre, one of the k, is fixed at 0
-    sample_weight=None, # (n,) weights greater than 0; None: all 1
+    sample_weight: torch.Tensor | np.ndarray | None = None, # (n,) weights greater than 0; None: all 1
     max_iter: int = 100, # at most so many iterations of Lloyd
     tol: float = 1e-4, # end when the centres' squared moves sum to tol times the rows' variance
     n_init: int = 1, # seedings to try; the clustering of least inertia is kept; a codebook as `init` is only one
     backend: str = "auto", # one of BACKENDS; "exact" (d = 1) finds the optimum and needs no start
-    seed=0, # an int, or a torch.Generator to draw from
-    group=None, # a torch.distributed process group, a part of the rows in each process; needs a codebook as `init`
+    seed: int | torch.Generator = 0, # an int, or a torch.Generator to draw from
+    group: "torch.distributed.ProcessGroup | None" = None, # each process has a part of the rows; `init` is a codebook
 ) -> Clustering: # with a group: the common codebook and inertia, and the codes of this process's rows
     """The k-means clustering of the rows: codebook, codes, inertia, n_iter (paper, equation 1; Lloyd, 1982).
 
@@ -854,7 +864,9 @@ def kmeans(
     `ImportError` for a back end whose library is missing.
     """
     with _together(group, rows):
-        k, max_iter, n_init = _whole(k, "k"), _whole(max_iter, "max_iter"), _whole(n_init, "n_init")
+        k = _whole(k, "k")
+        max_iter = _whole(max_iter, "max_iter")
+        n_init = _whole(n_init, "n_init")
         rows, generator = _checked_rows(rows), _generator(seed)
         weight, init = _checked_weight(sample_weight, rows), _checked_init(init, rows.shape[1], k, rows.device)
         if group is not None and (isinstance(init, str) or pinned_zero):
@@ -888,8 +900,8 @@ def kmeans(
 
 # %% ../nbs/01_clustering.ipynb #encode
 def encode(
-    rows, # (n, d)
-    codebook, # (k, d)
+    rows: torch.Tensor | np.ndarray, # (n, d)
+    codebook: torch.Tensor | np.ndarray, # (k, d)
     backend: str = "auto", # one of BACKENDS
 ) -> tuple[torch.Tensor, torch.Tensor]: # codes (n,) int64, squared distances (n,) float64
     """The nearest codebook entry of each row and its squared distance, the same from every back end but for true ties.
@@ -987,24 +999,30 @@ class KMeans(_Parameters):
 
     def __init__(
         self,
-        n_clusters=8, # number of clusters, 1 ≤ n_clusters ≤ number of rows
+        n_clusters: int = 8, # number of clusters, 1 ≤ n_clusters ≤ number of rows
         *,
-        init="k-means++", # "k-means++", "random", or a codebook to start from
-        pinned_zero=0.0, # share of the rows whose centre is fixed at 0
-        max_iter=100, # at most so many iterations
-        tol=1e-4, # end when the centres' squared moves sum to tol times the rows' variance
-        n_init=1, # seedings to try
-        backend="auto", # one of BACKENDS
-        seed=0, # an int, or a torch.Generator
+        init: str | torch.Tensor | np.ndarray = "k-means++", # "k-means++", "random", or a codebook to start from
+        pinned_zero: float = 0.0, # share of the rows whose centre is fixed at 0
+        max_iter: int = 100, # at most so many iterations
+        tol: float = 1e-4, # end when the centres' squared moves sum to tol times the rows' variance
+        n_init: int = 1, # seedings to try
+        backend: str = "auto", # one of BACKENDS
+        seed: int | torch.Generator = 0, # an int, or a torch.Generator
     ):
-        self.n_clusters, self.init, self.pinned_zero, self.max_iter = n_clusters, init, pinned_zero, max_iter
-        self.tol, self.n_init, self.backend, self.seed = tol, n_init, backend, seed
+        self.n_clusters = n_clusters
+        self.init = init
+        self.pinned_zero = pinned_zero
+        self.max_iter = max_iter
+        self.tol = tol
+        self.n_init = n_init
+        self.backend = backend
+        self.seed = seed
 
     def fit(
         self,
-        X, # (n, d) tensor or array
-        y=None, # ignored
-        sample_weight=None, # (n,) weights, at least 0
+        X: torch.Tensor | np.ndarray, # (n, d) tensor or array
+        y: object = None, # ignored
+        sample_weight: torch.Tensor | np.ndarray | None = None, # (n,) weights, at least 0
     ):
         """The estimator itself, with cluster_centers_, labels_, inertia_, n_iter_ and n_features_in_ set."""
         rows = _fitted_rows(self, X, reset=True)
@@ -1036,7 +1054,7 @@ class KMeans(_Parameters):
 
     def predict(
         self,
-        X, # (n, d) tensor or array
+        X: torch.Tensor | np.ndarray, # (n, d) tensor or array
     ): # (n,)
         """The label of each row: its nearest centre."""
         codes, _ = encode(*self._fitted(X))
@@ -1044,7 +1062,7 @@ class KMeans(_Parameters):
 
     def transform(
         self,
-        X, # (n, d) tensor or array
+        X: torch.Tensor | np.ndarray, # (n, d) tensor or array
     ): # (n, k), of the rows' type; a data frame where `set_output` asks for one
         """The distance of each row to each centre."""
         rows, codebook = self._fitted(X)
@@ -1059,9 +1077,9 @@ class KMeans(_Parameters):
 
     def score(
         self,
-        X, # (n, d) tensor or array
-        y=None, # ignored
-        sample_weight=None, # (n,) weights, at least 0
+        X: torch.Tensor | np.ndarray, # (n, d) tensor or array
+        y: object = None, # ignored
+        sample_weight: torch.Tensor | np.ndarray | None = None, # (n,) weights, at least 0
     ) -> float:
         """Minus the inertia of the rows: the greater the better."""
         rows, codebook = self._fitted(X)
@@ -1069,25 +1087,25 @@ class KMeans(_Parameters):
 
     def fit_predict(
         self,
-        X, # (n, d) tensor or array
-        y=None, # ignored
-        sample_weight=None, # (n,) weights, at least 0
+        X: torch.Tensor | np.ndarray, # (n, d) tensor or array
+        y: object = None, # ignored
+        sample_weight: torch.Tensor | np.ndarray | None = None, # (n,) weights, at least 0
     ): # (n,)
         """The labels of the rows after fitting."""
         return self.fit(X, y, sample_weight).labels_
 
     def fit_transform(
         self,
-        X, # (n, d) tensor or array
-        y=None, # ignored
-        sample_weight=None, # (n,) weights, at least 0
+        X: torch.Tensor | np.ndarray, # (n, d) tensor or array
+        y: object = None, # ignored
+        sample_weight: torch.Tensor | np.ndarray | None = None, # (n,) weights, at least 0
     ): # (n, k)
         """The distance of each row to each centre after fitting."""
         return self.fit(X, y, sample_weight).transform(X)
 
     def get_feature_names_out(
         self,
-        input_features=None, # ignored
+        input_features: object = None, # ignored
     ) -> np.ndarray: # (k,)
         """The names of the columns of `transform`: kmeans0, kmeans1 and so on."""
         if not hasattr(self, "cluster_centers_"):
@@ -1099,7 +1117,7 @@ class KMeans(_Parameters):
     def set_output(
         self,
         *,
-        transform=None, # "default", "pandas" or "polars"; None: as it is
+        transform: str | None = None, # "default", "pandas" or "polars"; None: as it is
     ):
         """The estimator itself, whose `transform` then gives arrays or data frames."""
         if transform is not None:
