@@ -395,10 +395,10 @@ def _nearest(space, codebook, backend, codes=None):
     return nearest, good
 
 # %% ../nbs/01_clustering.ipynb #update
-def _sums(values, codes, k):  # sum of the values (m,) of each cluster, (k,) float64
+def _sums(values, codes, k):  # of the values (c, m) by cluster: (c, k) float64
     if codes.is_cuda:
-        return torch.zeros(k, dtype=torch.float64, device=codes.device).index_add_(0, codes, values)
-    return torch.from_numpy(np.bincount(codes.numpy(), values.numpy(), k))
+        return values.new_zeros(len(values), k).index_add_(1, codes, values)
+    return torch.from_numpy(np.stack([np.bincount(codes.numpy(), line, k) for line in values.numpy()]))
 
 # %% ../nbs/01_clustering.ipynb #means
 def _means(space, codes, k, around=None):
@@ -411,7 +411,7 @@ def _means(space, codes, k, around=None):
         columns = _columns(space.rows[a:b], space.scale, shift)  # (d, m)
         w = torch.ones_like(columns[0]) if space.weight is None else space.weight[a:b]  # (m,)
         columns = columns if space.weight is None else columns.mul_(w)
-        total += torch.stack([_sums(x, part, k) for x in (*columns, w)])  # (d + 1, k)
+        total += _sums(torch.cat([columns, w[None]]), part, k)  # (d + 1, k)
     _reduced(total, space.group)
     return (total[:-1] / total[-1]).T + (space.shift if around is None else around), total[-1]
 
@@ -472,19 +472,44 @@ def _update(space, codes, k):
         means, mass = _means(space, codes, k)
     return means, codes, refilled
 
+# %% ../nbs/01_clustering.ipynb #iteration
+def _iteration(space, codebook, codes, k):  # means, codes, and the centres' squared moves
+    means, codes, refilled = _update(space, codes, k)
+    same = len(means) == len(codebook) and not refilled
+    return means, codes, float((means - codebook).square().sum()) if same else float("inf")
+
+# %% ../nbs/01_clustering.ipynb #ahead
+_AHEAD = 8  # iterations that a device is given at once
+
+
+def _ahead(space, codebook, codes, search, stop):
+    # centres and codes after _AHEAD iterations; would a look after each have changed nothing?
+    plain = []
+    for _ in range(_AHEAD):
+        means, mass = _means(space, codes, len(codebook))
+        means = torch.where(mass[:, None] > 0, means, codebook)
+        plain.append((mass > 0).all() & ((means - codebook).square().sum() > stop))
+        codebook = means
+        codes = _assign(space, codebook, search, codes)
+    return codebook, codes, bool(torch.stack(plain).all())
+
 # %% ../nbs/01_clustering.ipynb #lloyd
 def _lloyd(space, k, start, max_iter, tol, backend):
-    codebook = start  # (k, d) float64, scaled
+    codebook = start  # (k, d) float64, scaled; with fewer centres where some were the same
+    stop, n_iter = tol * space.spread, 0
     codes, search = _nearest(space, codebook, backend)  # (n,)
-    for n_iter in range(1, max_iter + 1):
-        means, codes, refilled = _update(space, codes, k)
-        same = len(means) == len(codebook) and not refilled
-        moved = float((means - codebook).square().sum()) if same else float("inf")
-        codebook, k = means, len(means)
-        if moved <= tol * space.spread or n_iter == max_iter:
-            break
-        codes = _assign(space, codebook, search, codes)
-    return codebook, codes, n_iter
+    while True:
+        if codes.is_cuda and len(codebook) == k and n_iter + _AHEAD < max_iter:
+            *there, plain = _ahead(space, codebook, codes, search, stop)
+            if plain:
+                (codebook, codes), n_iter = there, n_iter + _AHEAD
+                continue
+        for n_iter in range(n_iter + 1, min(n_iter + _AHEAD, max_iter) + 1):
+            codebook, codes, moved = _iteration(space, codebook, codes, k)
+            k = len(codebook)
+            if moved <= stop or n_iter == max_iter:
+                return codebook, codes, n_iter
+            codes = _assign(space, codebook, search, codes)
 
 # %% ../nbs/01_clustering.ipynb #too-fine
 _LOOKED_AT = 64  # rows, to see how they will do
@@ -972,7 +997,7 @@ def _counted(rows, weight, least):
     new[1:] = (rows[order[1:]] != rows[order[:-1]]).any(1)
     if new.sum() < least:
         return order, weight[order]
-    return order[new], _sums(weight[order], new.cumsum(0) - 1, int(new.sum()))
+    return order[new], _sums(weight[order][None], new.cumsum(0) - 1, int(new.sum()))[0]
 
 # %% ../nbs/01_clustering.ipynb #check-centres
 def _check_centres(init, k, d):  # given centres, in scikit-learn's words

@@ -10,6 +10,7 @@ import nbformat
 import pytest
 import torch
 from pretended_cuda import pretended_cuda
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from deepkmeans.clustering import KMeans, encode, kmeans
 
@@ -45,6 +46,40 @@ def test_the_pretended_device_refuses_what_a_real_one_refuses(cuda, act):
     assert x.is_cuda and (x + x).is_cuda and not x.cpu().is_cuda and x[y > 0].tolist() == [1, 1, 1]
     with pytest.raises((RuntimeError, TypeError)):
         act(x, y)
+
+
+class Looks(TorchDispatchMode):
+    """Counts how often the host waits for a number, or for how many there are, of the device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        waits = torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default
+        on_device = any(isinstance(arg, torch.Tensor) and arg.is_cuda for arg in args)
+        self.count += func in waits and on_device
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_host_looks_at_a_device_every_few_iterations_and_finds_what_the_cpu_finds(cuda):
+    rows = torch.randn(3000, 3, generator=torch.Generator().manual_seed(0))
+    how = dict(init=rows[:50], tol=0, backend="torch")
+    looks, found = {}, {}
+    for max_iter in (10, 33):
+        with Looks() as counted:
+            found[max_iter] = kmeans(rows.to("cuda"), 50, max_iter=max_iter, **how)
+        looks[max_iter] = counted.count
+    assert found[33].n_iter == 33 and looks[33] - looks[10] < 10
+    expected = kmeans(rows, 50, max_iter=33, **how)
+    assert torch.equal(found[33].codes.cpu(), expected.codes)
+    torch.testing.assert_close(found[33].codebook.cpu(), expected.codebook)
+
+
+def test_a_cluster_that_runs_empty_is_filled_as_on_the_cpu(cuda):
+    rows = torch.cat([torch.arange(40.0), torch.tensor([100.0, 101.0, 300.0])])[:, None]
+    start = torch.tensor([[0.0], [19.0], [20.0], [20.5], [200.0], [190.0]])
+    how = dict(init=start, max_iter=50, tol=0, backend="torch")
+    found, expected = kmeans(rows.to("cuda"), 6, **how), kmeans(rows, 6, **how)
+    assert torch.equal(found.codes.cpu(), expected.codes) and found.n_iter == expected.n_iter
 
 
 @pytest.mark.parametrize(
