@@ -61,11 +61,28 @@ class _Pool:  # of as many threads as PyTorch uses; none where the work is over 
         if self.pool:
             self.pool.shutdown()
 
+# %% ../nbs/50_kernels.ipynb #blocks
+def _blocks(x):  # (n, d) → (n/_BLOCK, d, _BLOCK), the last filled up with zeros
+    n, d = x.shape
+    rows = np.zeros((ceil(n / _BLOCK) * _BLOCK, d), np.float32)
+    rows[:n] = x
+    return np.ascontiguousarray(rows.reshape(-1, _BLOCK, d).transpose(0, 2, 1))
+
+# %% ../nbs/50_kernels.ipynb #fours
+def _in_fours(means):  # (k, d) float32, with centres that are nobody's nearest up to a multiple of four
+    centres = np.full((ceil(len(means) / 4) * 4, means.shape[1]), _FAR)
+    centres[:len(means)] = means
+    return centres
+
+# %% ../nbs/50_kernels.ipynb #coordinates
+def _coordinates(d):
+    return (0,) * d if d <= _SHORT else ()
+
 # %% ../nbs/50_kernels.ipynb #meet-four
 @_inline
 def _meet_four(rows, centres, c, coordinates, best, which):  # rows (d, _BLOCK); centres c to c + 3
     for r in range(_BLOCK):
-        one, two, three, four = _ZERO, _ZERO, _ZERO, _ZERO
+        one = two = three = four = _ZERO
         for j in range(len(coordinates)):
             value = rows[j, r]
             one += (value - centres[c, j]) ** 2
@@ -121,13 +138,13 @@ def _nearer(x, i, means, new, old):  # decided in float64
 # %% ../nbs/50_kernels.ipynb #compare-all
 @_quick
 def compare_all(
-    blocks, # (n/_BLOCK, d, _BLOCK) float32: the rows, from `_blocks`
-    x, # (n, d) float32, the same
-    means, # (k, d) float64 centres
-    centres, # (k, d) float32, the same; with far ones up to a multiple of four
-    coordinates, # from `_coordinates`
-    codes, # (n,) int64, −1 for a row that has none; changed in place
-    begin, end, # range of blocks to do
+    blocks: np.ndarray, # (n/_BLOCK, d, _BLOCK) float32: the rows, from `_blocks`
+    x: np.ndarray, # (n, d) float32, the same
+    means: np.ndarray, # (k, d) float64 centres
+    centres: np.ndarray, # (k, d) float32, the same; with far ones up to a multiple of four
+    coordinates: tuple, # from `_coordinates`
+    codes: np.ndarray, # (n,) int64, −1 for a row that has none; changed in place
+    begin: int, end: int, # range of blocks to do
 ):
     """Move each row to its nearest centre by comparing it with all of them."""
     best, which = np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.int32)
@@ -145,23 +162,6 @@ def compare_all(
             own = codes[first + r]
             if which[r] != own and (own < 0 or _nearer(x, first + r, means, which[r], own)):
                 codes[first + r] = which[r]
-
-# %% ../nbs/50_kernels.ipynb #blocks
-def _blocks(x):  # (n, d) → (n/_BLOCK, d, _BLOCK), the last filled up with zeros
-    n, d = x.shape
-    rows = np.zeros((ceil(n / _BLOCK) * _BLOCK, d), np.float32)
-    rows[:n] = x
-    return np.ascontiguousarray(rows.reshape(-1, _BLOCK, d).transpose(0, 2, 1))
-
-# %% ../nbs/50_kernels.ipynb #fours
-def _in_fours(means):  # (k, d) float32, with centres that are nobody's nearest up to a multiple of four
-    centres = np.full((ceil(len(means) / 4) * 4, means.shape[1]), _FAR)
-    centres[:len(means)] = means
-    return centres
-
-# %% ../nbs/50_kernels.ipynb #coordinates
-def _coordinates(d):
-    return (0,) * d if d <= _SHORT else ()
 
 # %% ../nbs/50_kernels.ipynb #reach
 @_inline
@@ -199,18 +199,20 @@ def _within(near, reach, across, coordinates, ids, found):  # the centres within
 # %% ../nbs/50_kernels.ipynb #compare-near
 @_quick
 def compare_near(
-    blocks, low, high, # from `_blocks`, and the corners of each block's box (n/_BLOCK, d)
-    x, # (n, d) float32, the same rows
-    means, # (k, d) float64 centres
-    across, # (d, k) float32, the same
-    coordinates, # a tuple of length d
-    codes, # (n,) int64, of any centres; changed in place
-    begin, end, # range of blocks to do
+    blocks: np.ndarray, # (n/_BLOCK, d, _BLOCK) float32: the rows, from `_blocks`
+    low: np.ndarray, high: np.ndarray, # (n/_BLOCK, d), the corners of each block's box
+    x: np.ndarray, # (n, d) float32, the same
+    means: np.ndarray, # (k, d) float64 centres
+    across: np.ndarray, # (d, k) float32, the same
+    coordinates: tuple, # a tuple of length d
+    codes: np.ndarray, # (n,) int64, of any centres; changed in place
+    begin: int, end: int, # range of blocks to do
 ):
     """Move each row to its nearest centre by comparing it with those that are near its block."""
     best, which = np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.int32)
     k, d = means.shape
-    near, ids, found = np.empty(k, np.float32), np.empty(k + 1, np.int64), np.empty((k + 3, d), np.float32)
+    near = np.empty(k, np.float32)
+    ids, found = np.empty(k + 1, np.int64), np.empty((k + 3, d), np.float32)
     for b in range(begin, end):
         first, last = b * _BLOCK, min((b + 1) * _BLOCK, len(x))
         _to_box(low[b], high[b], across, coordinates, near)
@@ -223,6 +225,20 @@ def compare_near(
             new = ids[which[i - first]]
             if new != codes[i] and _nearer(x, i, means, new, codes[i]):
                 codes[i] = new
+
+# %% ../nbs/50_kernels.ipynb #near-mover
+class _Near:  # compares blocks of rows with the centres near them
+    def __init__(self, x, _, codes, pool):
+        self.x = x
+        self.codes = codes
+        self.pool = pool
+        self.blocks = _blocks(x)
+        self.low, self.high = self.blocks.min(2), self.blocks.max(2)  # (n/_BLOCK, d)
+
+    def __call__(self, means):
+        across, coordinates = np.ascontiguousarray(means.T, np.float32), (0,) * len(means.T)
+        _parallel(self.pool, compare_near, len(self.blocks), self.blocks, self.low, self.high, self.x, means, across,
+                  coordinates, self.codes)
 
 # %% ../nbs/50_kernels.ipynb #meet-two
 @_inline
@@ -276,13 +292,13 @@ def _norm(x, i):
 # %% ../nbs/50_kernels.ipynb #nearest-two
 @_quick
 def nearest_two(
-    blocks, # (n/_BLOCK, d, _BLOCK) float32: the rows, from `_blocks`
-    x, # (n, d) float32, the same
-    centres, # (k, d) float32
-    coordinates, # from `_coordinates`
-    out, # (n, 2) int64: the nearest centre of each row and the second nearest; of one centre twice that
-    certain, # (n,) bool: is the first known to be the nearest?
-    begin, end, # range of blocks to do
+    blocks: np.ndarray, # (n/_BLOCK, d, _BLOCK) float32: the rows, from `_blocks`
+    x: np.ndarray, # (n, d) float32, the same
+    centres: np.ndarray, # (k, d) float32
+    coordinates: tuple, # from `_coordinates`
+    out: np.ndarray, # (n, 2) int64: the nearest centre of each row and the second nearest; of one centre twice that
+    certain: np.ndarray, # (n,) bool: is the first known to be the nearest?
+    begin: int, end: int, # range of blocks to do
 ):
     """Find two centres of each row by comparing it with all of them."""
     squares, names = np.empty(2 * _BLOCK, np.float32), np.zeros(2 * _BLOCK, np.int32)
@@ -310,22 +326,21 @@ def _among_all(centres):  # from rows and a pool to (n, 2) and (n,)
     coordinates = _coordinates(centres.shape[1])
 
     def find(x, pool):
-        blocks, out, certain = _blocks(x), np.empty((len(x), 2), np.int64), np.empty(len(x), np.bool_)
+        blocks = _blocks(x)
+        out, certain = np.empty((len(x), 2), np.int64), np.empty(len(x), np.bool_)
         _parallel(pool, nearest_two, len(blocks), blocks, x, centres, coordinates, out, certain)
         if not coordinates and not certain.all():  # by differences of coordinates, which round less
             out[~certain], certain[~certain] = _in_tree(centres)(x[~certain], pool)
         return out, certain
     return find
 
-# %% ../nbs/50_kernels.ipynb #few-code
-def _few(k, d):  # measured over 15 and 60 iterations
-    return k <= 1000 * d and d <= 128
-
 # %% ../nbs/50_kernels.ipynb #order
 @_quick
 def _select(x, order, lo, hi, middle, j):  # order[lo:middle] ≤ order[middle:hi] in column j
     while hi - lo > 1:
-        a, b, c = x[order[lo], j], x[order[(lo + hi) // 2], j], x[order[hi - 1], j]
+        a = x[order[lo], j]
+        b = x[order[(lo + hi) // 2], j]
+        c = x[order[hi - 1], j]
         pivot = max(min(a, b), min(max(a, b), c))
         left, right = lo, hi - 1
         while left <= right:
@@ -359,8 +374,8 @@ def _widest(x, order, lo, hi):
 # %% ../nbs/50_kernels.ipynb #tree-order
 @_quick
 def tree_order(
-    x, # (n, d) float32
-    depth, # the tree has 2**depth leaves, at most n
+    x: np.ndarray, # (n, d) float32
+    depth: int, # the tree has 2**depth leaves, at most n
 ):
     """The order (n,) in which the points stand in the leaves of a balanced k-d tree."""
     n, order = len(x), np.arange(len(x))
@@ -391,10 +406,10 @@ def _leaves(centres, depth, size, moved):
 # %% ../nbs/50_kernels.ipynb #make-tree
 @_quick
 def make_tree(
-    centres, # (k, d) float32, in tree order
-    depth, # the tree has 2**depth leaves
-    size, # room for so many centres in a leaf
-    moved, # (k,) bool
+    centres: np.ndarray, # (k, d) float32, in tree order
+    depth: int, # the tree has 2**depth leaves
+    size: int, # room for so many centres in a leaf
+    moved: np.ndarray, # (k,) bool
 ):
     """The tree of boxes over the centres.
 
@@ -409,6 +424,14 @@ def make_tree(
             low[v, j], high[v, j] = min(low[left, j], low[right, j]), max(high[left, j], high[right, j])
     return packed, low, high, active
 
+# %% ../nbs/50_kernels.ipynb #depth
+def _depth(k):
+    return max(0, ceil(log2(k / _LEAF)))
+
+# %% ../nbs/50_kernels.ipynb #still-tree
+def _still_tree(centres):  # of centres in tree order, none of which has moved
+    return make_tree(centres, _depth(len(centres)), _LEAF, np.zeros(len(centres), np.bool_))
+
 # %% ../nbs/50_kernels.ipynb #box
 @_inline
 def _box(x, i, low, high, v):  # squared distance of row i to the box of node v
@@ -417,6 +440,14 @@ def _box(x, i, low, high, v):  # squared distance of row i to the box of node v
         t = max(max(low[v, j] - x[i, j], x[i, j] - high[v, j]), _ZERO)
         total += t * t
     return total
+
+# %% ../nbs/50_kernels.ipynb #least
+@_inline
+def _least(bits, count):
+    least = _INF_BITS
+    for t in range(count):
+        least = min(least, bits[t])
+    return least
 
 # %% ../nbs/50_kernels.ipynb #nearest
 @_inline
@@ -433,20 +464,13 @@ def _compare(x, i, centres, count, squares, bits):
             squares[t] += g * g
     return _least(bits, count)
 
-# %% ../nbs/50_kernels.ipynb #least
-@_inline
-def _least(bits, count):
-    least = _INF_BITS
-    for t in range(count):
-        least = min(least, bits[t])
-    return least
-
 # %% ../nbs/50_kernels.ipynb #two-least
 @_inline
 def _two_least(bits, base, best, second, one, two):
     for t in range(_LEAF):
         if bits[t] < best:
-            best, second, one, two = bits[t], best, base + t, one
+            second, two = best, one
+            best, one = bits[t], base + t
         elif bits[t] < second:
             second, two = bits[t], base + t
     return best, second, one, two
@@ -454,12 +478,12 @@ def _two_least(bits, base, best, second, one, two):
 # %% ../nbs/50_kernels.ipynb #nearest-code
 @_quick
 def nearest(
-    x, # (n, d) float32 rows
-    packed, low, high, # the tree, from `make_tree`
-    k, # number of centres
-    out, # (n, 2) int64; filled with the nearest centre and another, the second nearest wherever it is about as near
-    certain, # (n,) bool: is the first known to be the nearest?
-    begin, end, # range of rows to do
+    x: np.ndarray, # (n, d) float32 rows
+    packed: np.ndarray, low: np.ndarray, high: np.ndarray, # the tree, from `make_tree`
+    k: int, # number of centres
+    out: np.ndarray, # (n, 2) int64, to fill: the nearest centre, and another, the second nearest if about as near
+    certain: np.ndarray, # (n,) bool: is the first known to be the nearest?
+    begin: int, end: int, # range of rows to do
 ):
     """Fill out[begin:end] with the nearest centres in tree order."""
     leaves = len(packed)
@@ -470,8 +494,11 @@ def nearest(
     # four times a square's rounding
     wider, apart = np.float32(1 + max(1e-5, 2.6e-7 * (d + 8))), np.float32(1e-6 * sqrt(d))
     for i in range(begin, end):
-        best, second, limit, one, two = _INF_BITS, _INF_BITS, _INF, 0, 0
-        top, stack[0], far[0] = 0, 0, _ZERO
+        best = second = _INF_BITS
+        limit = _INF
+        one = two = 0
+        top = 0
+        stack[0], far[0] = 0, _ZERO
         while top >= 0:
             v, distance = stack[top], far[top]
             top -= 1
@@ -479,7 +506,8 @@ def nearest(
                 near, other = 2 * v + 1, 2 * v + 2
                 distance, away = _box(x, i, low, high, near), _box(x, i, low, high, other)
                 if away < distance:
-                    near, other, distance, away = other, near, away, distance
+                    near, other = other, near
+                    distance, away = away, distance
                 top += 1
                 stack[top], far[top] = other, away
                 v = near
@@ -493,14 +521,6 @@ def nearest(
         bits[0], bits[1] = best, second
         certain[i] = _certain(squares[0], min(squares[1], limit), _norm(x, i), d)
 
-# %% ../nbs/50_kernels.ipynb #depth
-def _depth(k):
-    return max(0, ceil(log2(k / _LEAF)))
-
-# %% ../nbs/50_kernels.ipynb #still-tree
-def _still_tree(centres):  # of centres in tree order, none of which has moved
-    return make_tree(centres, _depth(len(centres)), _LEAF, np.zeros(len(centres), np.bool_))
-
 # %% ../nbs/50_kernels.ipynb #in-tree
 def _in_tree(centres):  # from rows and a pool to (n, 2) and (n,)
     order = tree_order(centres, _depth(len(centres)))  # (k,)
@@ -512,13 +532,17 @@ def _in_tree(centres):  # from rows and a pool to (n, 2) and (n,)
         return order[out], certain
     return find
 
+# %% ../nbs/50_kernels.ipynb #few-code
+def _few(k, d):  # measured over 15 and 60 iterations
+    return k <= 1000 * d and d <= 128
+
 # %% ../nbs/50_kernels.ipynb #search-kind
 def _search(centres):  # from rows and a pool to (n, 2) and (n,)
     return _among_all(centres) if _few(*centres.shape) else _in_tree(centres)
 
 # %% ../nbs/50_kernels.ipynb #make-search
 def make_search(
-    centres, # (k, d) float32
+    centres: np.ndarray, # (k, d) float32
 ): # a function from rows (n, d) float32 to (n, 2) int64 and (n,) bool
     """What finds the nearest centre of each row, and another one, and whether the first is known to be the nearest.
 
@@ -534,9 +558,9 @@ def make_search(
 # %% ../nbs/50_kernels.ipynb #group
 @_quick
 def group(
-    codes, # (n,) int64
-    k, # number of centres
-    most, # a piece holds at most so many rows
+    codes: np.ndarray, # (n,) int64
+    k: int, # number of centres
+    most: int, # a piece holds at most so many rows
 ):
     """The rows sorted by code (n,) int32, and pieces (centre, begin, end) of that list, (pieces, 3)."""
     begin, pieces = np.zeros(k + 1, np.int64), 0
@@ -552,7 +576,8 @@ def group(
     out, p = np.empty((pieces, 3), np.int64), 0
     for c in range(k):
         for lo in range(begin[c], begin[c + 1], most):
-            out[p, 0], out[p, 1], out[p, 2] = c, lo, min(lo + most, begin[c + 1])
+            out[p, 0] = c
+            out[p, 1], out[p, 2] = lo, min(lo + most, begin[c + 1])
             p += 1
     return members, out
 
@@ -561,7 +586,10 @@ def group(
 def _around(own, centres, reach, packed, low, high, active, only, ids, found, stack):
     # the other centres within `reach` of centre `own`; `only`: only where some centre moved
     leaves, (k, d) = len(packed), centres.shape
-    depth, count, top, stack[0] = int(np.log2(leaves) + 0.5), 0, 0, 0
+    depth = int(np.log2(leaves) + 0.5)
+    count = 0
+    top = 0
+    stack[0] = 0
     while top >= 0:
         v = stack[top]
         top -= 1
@@ -624,26 +652,29 @@ def _settle(x, i, u, own, means, ids, found, count, squares, bits, outside, code
 # %% ../nbs/50_kernels.ipynb #reassign
 @_quick
 def reassign(
-    x, # (n, d) float32 rows
-    means, # (k, d) float64, the centres in tree order
-    centres, # (k, d) float32, the same
-    shift, # (k,) float32: how far each centre has just moved, rounded up
-    packed, low, high, active, # the tree, from `make_tree`
-    members, pieces, # from `group`
-    codes, # (n,) int64; changed in place
-    lower, # (n,) float32, at most the distance to any centre but the row's own, before the move; changed in place
-    begin, end, # range of pieces to do
+    x: np.ndarray, # (n, d) float32 rows
+    means: np.ndarray, # (k, d) float64, the centres in tree order
+    centres: np.ndarray, # (k, d) float32, the same
+    shift: np.ndarray, # (k,) float32: how far each centre has just moved, rounded up
+    packed: np.ndarray, low: np.ndarray, high: np.ndarray, active: np.ndarray, # the tree, from `make_tree`
+    members: np.ndarray, pieces: np.ndarray, # from `group`
+    codes: np.ndarray, # (n,) int64; changed in place
+    lower: np.ndarray, # (n,) float32, at most the distance to any other centre before the move; changed in place
+    begin: int, end: int, # range of pieces to do
 ):
     """Move each row to its nearest centre."""
-    k, d, most = len(centres), x.shape[1], 0
+    k, d = centres.shape
+    most = 0
     largest = np.argmax(shift)
     before = shift[:largest].max() if largest else _ZERO
     after = shift[largest + 1:].max() if largest + 1 < k else _ZERO
     other = max(_ZERO, max(before, after))
     for p in range(begin, end):
         most = max(most, pieces[p, 2] - pieces[p, 1])
-    due, away, room = np.empty(most, np.int32), np.empty(most, np.float32), k + _LEAF
-    ids, found, squares = np.empty(k, np.int64), np.empty((d, room), np.float32), np.empty(room, np.float32)
+    due, away = np.empty(most, np.int32), np.empty(most, np.float32)
+    room = k + _LEAF
+    ids = np.empty(k, np.int64)
+    found, squares = np.empty((d, room), np.float32), np.empty(room, np.float32)
     bits, stack = squares.view(np.int32), np.empty(len(packed) + 2, np.int64)
     for p in range(begin, end):
         own, still = pieces[p, 0], shift[pieces[p, 0]] == 0
@@ -658,13 +689,31 @@ def reassign(
             outside = min(reach - away[w], lower[i] + drift) if still else reach - away[w]
             _settle(x, i, away[w], own, means, ids, found, near, squares, bits, outside, codes, lower)
 
+# %% ../nbs/50_kernels.ipynb #mover
+class _Bounds:  # keeps bounds from one iteration to the next
+    def __init__(self, x, centres, codes, pool):
+        self.x = x
+        self.centres = centres
+        self.codes = codes
+        self.pool = pool
+        self.lower = np.full(len(x), -1, np.float32)  # (n,)
+
+    def __call__(self, means):
+        before, self.centres = self.centres, means.astype(np.float32)  # (k, d)
+        shift = np.sqrt(np.square(self.centres.astype(np.float64) - before).sum(1))  # (k,)
+        shift = np.nextafter(shift.astype(np.float32), _INF) * (shift > 0)
+        tree = make_tree(self.centres, _depth(len(means)), _LEAF, shift > 0)
+        members, pieces = group(self.codes, len(means), 512)
+        _parallel(self.pool, reassign, len(pieces), self.x, means, self.centres, shift.astype(np.float32), *tree,
+                  members, pieces, self.codes, self.lower)
+
 # %% ../nbs/50_kernels.ipynb #lloyd
 @_quick
 def sums(
-    x, # (n, d) float32
-    weight, # (n,) float64; empty: all 1
-    codes, # (n,) int64
-    k, # number of centres
+    x: np.ndarray, # (n, d) float32
+    weight: np.ndarray, # (n,) float64; empty: all 1
+    codes: np.ndarray, # (n,) int64
+    k: int, # number of centres
 ):
     """The weighted sum of the rows of each cluster (k, d) and its weight (k,), in float64."""
     total, mass = np.zeros((k, x.shape[1])), np.zeros(k)
@@ -689,12 +738,12 @@ def _iterate(x, weight, means, codes, max_iter, stop, move):  # updates that wer
 
 # %% ../nbs/50_kernels.ipynb #lloyd-code
 def lloyd(
-    x, # (n, d) float32 rows, of a size near 1
-    weight, # (n,) float64, or None
-    start, # (k, d) float64 centres
-    max_iter, # at most so many updates of the centres
-    stop, # end when the squared moves of the centres sum to no more than this
-    products=True, # are distances large enough for products of longer rows, which round more coarsely?
+    x: np.ndarray, # (n, d) float32 rows, of a size near 1
+    weight: np.ndarray | None, # (n,) float64, or None
+    start: np.ndarray, # (k, d) float64 centres
+    max_iter: int, # at most so many updates of the centres
+    stop: float, # end when the squared moves of the centres sum to no more than this
+    products: bool = True, # are distances large enough for products of longer rows, which round more coarsely?
 ):
     """codes (n,), updates that were made, and whether it ended by itself rather than by an empty cluster.
 
@@ -726,66 +775,20 @@ def _lloyd_sorted(x, weight, start, max_iter, stop, pool, mover):  # rows by cen
     order = tree_order(centres, _depth(k))  # (k,)
     codes = order.argsort()[_search(centres)(x, pool)[0][:, 0]]  # (n,)
     members, _ = group(codes, k, len(x))
-    x, codes, weight = x[members], codes[members], weight[members] if len(weight) else weight
+    x, codes = x[members], codes[members]
+    weight = weight[members] if len(weight) else weight
     ended = _iterate(x, weight, start[order], codes, max_iter, stop, mover(x, centres[order], codes, pool))
     back = np.empty_like(codes)
     back[members] = order[codes]
     return back, *ended
 
-# %% ../nbs/50_kernels.ipynb #near-mover
-class _Near:  # compares blocks of rows with the centres near them
-    def __init__(self, x, _, codes, pool):
-        self.x, self.codes, self.pool = x, codes, pool
-        self.blocks = _blocks(x)
-        self.low, self.high = self.blocks.min(2), self.blocks.max(2)  # (n/_BLOCK, d)
-
-    def __call__(self, means):
-        across, coordinates = np.ascontiguousarray(means.T, np.float32), (0,) * len(means.T)
-        _parallel(self.pool, compare_near, len(self.blocks), self.blocks, self.low, self.high, self.x, means, across,
-                  coordinates, self.codes)
-
-# %% ../nbs/50_kernels.ipynb #mover
-class _Bounds:  # keeps bounds from one iteration to the next
-    def __init__(self, x, centres, codes, pool):
-        self.x, self.centres, self.codes, self.pool = x, centres, codes, pool
-        self.lower = np.full(len(x), -1, np.float32)  # (n,)
-
-    def __call__(self, means):
-        before, self.centres = self.centres, means.astype(np.float32)  # (k, d)
-        shift = np.sqrt(np.square(self.centres.astype(np.float64) - before).sum(1))  # (k,)
-        shift = np.nextafter(shift.astype(np.float32), _INF) * (shift > 0)
-        tree = make_tree(self.centres, _depth(len(means)), _LEAF, shift > 0)
-        members, pieces = group(self.codes, len(means), 512)
-        _parallel(self.pool, reassign, len(pieces), self.x, means, self.centres, shift.astype(np.float32), *tree,
-                  members, pieces, self.codes, self.lower)
-
-# %% ../nbs/50_kernels.ipynb #seed-visit
-@_quick
-def _gain(c, x, weight, square, low, high, top, depth, stack):
-    # by how much a centre at row c would lower the potential
-    n, leaves, total, at, stack[0] = len(x), 2**depth, 0.0, 0, 0
-    while at >= 0:
-        v = stack[at]
-        at -= 1
-        if _box(x, c, low, high, v) >= top[v]:
-            continue
-        if v < leaves - 1:
-            stack[at + 1], stack[at + 2] = 2 * v + 2, 2 * v + 1
-            at += 2
-            continue
-        s = v - leaves + 1
-        for i in range((n * s) >> depth, (n * (s + 1)) >> depth):
-            new = _ZERO
-            for j in range(x.shape[1]):
-                new += (x[i, j] - x[c, j]) ** 2
-            if new < square[i]:
-                total += weight[i] * (np.float64(square[i]) - new)
-    return total
-
 # %% ../nbs/50_kernels.ipynb #place
 @_quick
 def _place(c, x, weight, square, low, high, top, mass, depth, stack, seen):  # put a centre at row c
-    n, leaves, at, count, stack[0] = len(x), 2**depth, 0, 0, 0
+    n, leaves = len(x), 2**depth
+    at = 0
+    count = 0
+    stack[0] = 0
     while at >= 0:
         v = stack[at]
         at -= 1
@@ -810,10 +813,38 @@ def _place(c, x, weight, square, low, high, top, mass, depth, stack, seen):  # p
         if v < leaves - 1:
             top[v], mass[v] = max(top[2 * v + 1], top[2 * v + 2]), mass[2 * v + 1] + mass[2 * v + 2]
 
+# %% ../nbs/50_kernels.ipynb #seed-visit
+@_quick
+def _gain(c, x, weight, square, low, high, top, depth, stack):
+    # by how much a centre at row c would lower the potential
+    n, leaves = len(x), 2**depth
+    total = 0.0
+    at = 0
+    stack[0] = 0
+    while at >= 0:
+        v = stack[at]
+        at -= 1
+        if _box(x, c, low, high, v) >= top[v]:
+            continue
+        if v < leaves - 1:
+            stack[at + 1], stack[at + 2] = 2 * v + 2, 2 * v + 1
+            at += 2
+            continue
+        s = v - leaves + 1
+        for i in range((n * s) >> depth, (n * (s + 1)) >> depth):
+            new = _ZERO
+            for j in range(x.shape[1]):
+                new += (x[i, j] - x[c, j]) ** 2
+            if new < square[i]:
+                total += weight[i] * (np.float64(square[i]) - new)
+    return total
+
 # %% ../nbs/50_kernels.ipynb #seed-draw
 @_quick
 def _draw(u, weight, square, mass, depth):  # a row with probability proportional to its weight·D²
-    n, leaves, v, rest = len(square), 2**depth, 0, u * mass[0]
+    n, leaves = len(square), 2**depth
+    v = 0
+    rest = u * mass[0]
     while v < leaves - 1:
         v = 2 * v + 1
         if rest >= mass[v] and mass[v + 1] > 0:
@@ -832,7 +863,8 @@ def _draw(u, weight, square, mass, depth):  # a row with probability proportiona
 @_quick
 def _choose(x, weight, first, draws, low, high, depth):
     square, top = np.full(len(x), _INF, np.float32), np.full(len(low), _INF, np.float32)
-    mass, stack, seen = np.zeros(len(low)), np.empty(2**depth + 2, np.int64), np.empty(len(low), np.int64)
+    mass = np.zeros(len(low))
+    stack, seen = np.empty(2**depth + 2, np.int64), np.empty(len(low), np.int64)
     chosen = np.empty(len(draws) + 1, np.int64)
     chosen[0] = first
     _place(first, x, weight, square, low, high, top, mass, depth, stack, seen)
@@ -851,10 +883,10 @@ def _choose(x, weight, first, draws, low, high, depth):
 
 # %% ../nbs/50_kernels.ipynb #plusplus
 def plusplus(
-    x, # (n, d) float32 rows, of a size near 1
-    weight, # (n,) float64, or None
-    first, # number in [0, 1) that draws the first centre
-    draws, # (k − 1, candidates) numbers in [0, 1)
+    x: np.ndarray, # (n, d) float32 rows, of a size near 1
+    weight: np.ndarray | None, # (n,) float64, or None
+    first: float, # number in [0, 1) that draws the first centre
+    draws: np.ndarray, # (k − 1, candidates) numbers in [0, 1)
 ) -> np.ndarray: # (k,) row numbers; fewer where k exceeds the number of distinct rows
     """The rows that greedy k-means++ chooses (Arthur and Vassilvitskii, 2007)."""
     n = len(x)
@@ -873,13 +905,29 @@ _SOME = 16  # values in a block
 @_quick
 def _outward(table, start, stop, step, out, every, column):
     # of the values from `start` on: weight, mean − first value, Σ w(v − mean)²; the last of each `every` is kept
-    mass, mean, square = 0.0, 0.0, 0.0
+    mass = mean = square = 0.0
     for t in range(start, stop, step):
         gap, share = (table[t, 0] - table[start, 0]) - mean, table[t, 1] / (mass + table[t, 1])
         square += gap * gap * (mass * share)
         mass += table[t, 1]
         mean += gap * share
-        out[t // every, column], out[t // every, column + 1], out[t // every, column + 2] = mass, mean, square
+        out[t // every, column] = mass
+        out[t // every, column + 1] = mean
+        out[t // every, column + 2] = square
+
+# %% ../nbs/50_kernels.ipynb #sums-before
+@_quick
+def _sums_before(values, weight):  # of w, w(v − v₀) and w|v − v₀|, (n + 1, 3), for v₀ = values[n // 2]
+    out = np.zeros((len(values) + 1, 3))
+    total, lost = np.zeros(3), np.zeros(3)
+    for t in range(len(values)):
+        moment = weight[t] * (values[t] - values[len(values) // 2])
+        terms = (weight[t], moment, abs(moment))
+        for j in range(3):
+            new = total[j] + (terms[j] - lost[j])
+            lost[j] = (new - total[j]) - (terms[j] - lost[j])  # what rounding loses is kept (Kahan, 1965)
+            total[j] = out[t + 1, j] = new
+    return out
 
 # %% ../nbs/50_kernels.ipynb #sketch
 @_quick
@@ -901,19 +949,6 @@ def _sketch(values, weight):
             _outward(table, at - 1, at - half - 1, -1, middle[level], _SOME, 0)
     return table, middle, _sums_before(values, weight)
 
-# %% ../nbs/50_kernels.ipynb #sums-before
-@_quick
-def _sums_before(values, weight):  # of w, w(v − v₀) and w|v − v₀|, (n + 1, 3), for v₀ = values[n // 2]
-    out, total, lost = np.zeros((len(values) + 1, 3)), np.zeros(3), np.zeros(3)
-    for t in range(len(values)):
-        moment = weight[t] * (values[t] - values[len(values) // 2])
-        terms = (weight[t], moment, abs(moment))
-        for j in range(3):
-            new = total[j] + (terms[j] - lost[j])
-            lost[j] = (new - total[j]) - (terms[j] - lost[j])  # what rounding loses is kept (Kahan, 1965)
-            total[j] = out[t + 1, j] = new
-    return out
-
 # %% ../nbs/50_kernels.ipynb #exact-interval
 @_strict
 def _joined(left, place, mass, mean, square):  # (mass, place, mean − place, spread) with what lies to the right of it
@@ -924,7 +959,8 @@ def _joined(left, place, mass, mean, square):  # (mass, place, mean − place, s
 # %% ../nbs/50_kernels.ipynb #direct
 @_strict
 def _direct(table, i, j):
-    mass, first, place = 0.0, 0.0, table[i, 0]
+    mass = first = 0.0
+    place = table[i, 0]
     for t in range(i, j):
         mass += table[t, 1]
         first += table[t, 1] * (table[t, 0] - place)
@@ -945,10 +981,20 @@ def _interval(table, middle, i, j):  # of the values from i to before j: mass, o
         left = _joined(left, table[end, 0], table[start - 1, 2], table[start - 1, 3], table[start - 1, 4])
     elif q - p > 2:
         level = frexp((p + 1) ^ (q - 1))[1] - 1
-        at, p, q = ((q - 1) >> level << level) * _SOME, p + 1, q - 1
+        at = ((q - 1) >> level << level) * _SOME
+        p, q = p + 1, q - 1
         left = _joined(left, table[at - 1, 0], middle[level, p, 0], middle[level, p, 1], middle[level, p, 2])
         left = _joined(left, table[at, 0], middle[level, q, 0], middle[level, q, 1], middle[level, q, 2])
     return _joined(left, table[start, 0], table[j - 1, 2], table[j - 1, 3], table[j - 1, 4])
+
+# %% ../nbs/50_kernels.ipynb #followed
+@_quick
+def _followed(back):
+    cuts, j = [len(back) - 1], len(back) - 1
+    while j > 0:
+        j = back[j]
+        cuts.append(j)
+    return np.array(cuts[::-1])
 
 # %% ../nbs/50_kernels.ipynb #exact-cuts
 @_strict
@@ -971,9 +1017,11 @@ def _passes(table, middle, before, left, bar, new, j):
 @_quick
 def _overtakes(table, middle, before, left, bar, new, lo):
     # first j ≥ lo at which the cut `new` passes the bar; n + 1: never
-    n, hi, step = len(table), lo, 1
+    n, hi = len(table), lo
+    step = 1
     while hi <= n and not _passes(table, middle, before, left, bar, new, hi):
-        lo, hi, step = hi + 1, hi + step, 2 * step
+        lo, hi = hi + 1, hi + step
+        step *= 2
     hi = min(hi, n + 1)
     while lo < hi:
         j = (lo + hi) // 2
@@ -989,13 +1037,15 @@ def _cuts(table, middle, before, price):  # the cheapest cuts 0 = p₀ < p₁ < 
     n = len(table)
     best = np.zeros(n + 1)  # the cost without prices, which may dwarf it
     count, back = np.zeros(n + 1, np.int64), np.zeros(n + 1, np.int64)  # intervals, last cut
-    queue, since, head, tail = np.empty(n + 1, np.int64), np.empty(n + 1, np.int64), 0, 1
+    queue, since = np.empty(n + 1, np.int64), np.empty(n + 1, np.int64)
+    head, tail = 0, 1
     queue[0], since[0] = 0, 1
     for j in range(1, n + 1):
         while head + 1 < tail and since[head + 1] <= j:
             head += 1
         i = queue[head]
-        best[j], count[j], back[j] = best[i] + _interval(table, middle, i, j)[3], count[i] + 1, i
+        best[j] = best[i] + _interval(table, middle, i, j)[3]
+        count[j], back[j] = count[i] + 1, i
         at = j + 1
         while tail > head:
             old, lo = queue[tail - 1], max(since[tail - 1], j + 1)
@@ -1010,28 +1060,16 @@ def _cuts(table, middle, before, price):  # the cheapest cuts 0 = p₀ < p₁ < 
             tail += 1
     return _followed(back)
 
-# %% ../nbs/50_kernels.ipynb #followed
-@_quick
-def _followed(back):
-    cuts, j = [len(back) - 1], len(back) - 1
-    while j > 0:
-        j = back[j]
-        cuts.append(j)
-    return np.array(cuts[::-1])
-
-# %% ../nbs/50_kernels.ipynb #exact
-def _splice(coarse, fine, k):  # k intervals from two solutions that are optimal for one price
-    s = k - (len(coarse) - 1)
-    for i in range(len(coarse) - 1):
-        if coarse[i] <= fine[i + s] and fine[i + s + 1] <= coarse[i + 1]:
-            return np.concatenate([fine[:i + s + 1], coarse[i + 1:]])
-    raise AssertionError("no place to splice")
+# %% ../nbs/50_kernels.ipynb #between
+def _between(low, high, step):  # halfway in powers of ten, as prices go over many of them
+    return max(high / 10**min(2**step, 300), 5e-324) if low == 0 else sqrt(low) * sqrt(high)
 
 # %% ../nbs/50_kernels.ipynb #search-price
 def _search_price(sketch, k):  # cuts with at most k intervals, cuts with at least k
     n = len(sketch[0])
     high, low = _interval(*sketch[:2], 0, n)[3], 0.0
-    coarse, fine, price = np.array([0, n]), np.arange(n + 1), 3 * high / k**3
+    coarse, fine = np.array([0, n]), np.arange(n + 1)
+    price = 3 * high / k**3
     for step in range(200):
         if step > 20 or not low < price < high:
             price = _between(low, high, step)
@@ -1045,15 +1083,19 @@ def _search_price(sketch, k):  # cuts with at most k intervals, cuts with at lea
         price *= ((len(cuts) - 1) / k)**3
     return coarse, fine
 
-# %% ../nbs/50_kernels.ipynb #between
-def _between(low, high, step):  # halfway in powers of ten, as prices go over many of them
-    return max(high / 10**min(2**step, 300), 5e-324) if low == 0 else sqrt(low) * sqrt(high)
+# %% ../nbs/50_kernels.ipynb #exact
+def _splice(coarse, fine, k):  # k intervals from two solutions that are optimal for one price
+    s = k - (len(coarse) - 1)
+    for i in range(len(coarse) - 1):
+        if coarse[i] <= fine[i + s] and fine[i + s + 1] <= coarse[i + 1]:
+            return np.concatenate([fine[:i + s + 1], coarse[i + 1:]])
+    raise AssertionError("no place to splice")
 
 # %% ../nbs/50_kernels.ipynb #exact-code
 def exact(
-    values, # (n,) float64, of a size near 1
-    weight, # (n,) float64, or None
-    k, # number of clusters; shrinks to the number of distinct values
+    values: np.ndarray, # (n,) float64, of a size near 1
+    weight: np.ndarray | None, # (n,) float64, or None
+    k: int, # number of clusters; shrinks to the number of distinct values
 ) -> np.ndarray: # (n,) int64 codes, in ascending order of the centres
     """The codes of a clustering of numbers that has the least inertia possible."""
     distinct, codes = np.unique(values, return_inverse=True)
