@@ -374,7 +374,7 @@ def _nearest(space, codebook, backend, codes=None):
         find = _finder(space, codebook, name)
         unsure = []
         whole = len(undecided) == n
-        size = _chunk(space.rows, WORKSPACE if name == "tree" else CACHE)  # that one has threads and blocks of its own
+        size = _chunk(space.rows, 8 * CACHE if name == "tree" else CACHE)  # that one has threads and blocks of its own
         for a in range(0, len(undecided), size):
             part = undecided[a:a + size]  # (m,)
             proposals, certain = find(space.rows[a:a + size] if whole else space.rows[part])

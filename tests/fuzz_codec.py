@@ -1,7 +1,7 @@
 """Attacks on the reader of compressed files.
 
-`python tests/fuzz_codec.py 1000000 figures/codec_fuzz.json` makes so many different ones and writes what became of
-them, with `--jobs` processes side by side. Each attack is a function of its number.
+`python tests/fuzz_codec.py 1000000 figures/codec_fuzz.json` makes so many, some of them twice, and writes what became
+of them, with `--jobs` processes side by side. Each attack is a function of its number.
 """
 
 import argparse
@@ -337,11 +337,9 @@ def block(first):  # BLOCK attacks → {(kind, outcome): number}, seconds of the
 def fuzz(count, jobs=1):  # yields a record after each block
     found, slowest, made = Counter(), 0.0, set()
     with get_context("spawn").Pool(jobs) as pool:
-        for done, (kinds, seconds, files) in enumerate(pool.imap(block, range(0, 10 * count, BLOCK)), 1):
+        for done, (kinds, seconds, files) in enumerate(pool.imap(block, range(0, count, BLOCK)), 1):
             found, slowest, made = found + kinds, max(slowest, seconds), made | files
             yield summary(len(made), done * BLOCK, found, slowest)
-            if len(made) >= count:
-                return
 
 
 def summary(files, attacks, found, slowest):
@@ -361,13 +359,14 @@ def summary(files, attacks, found, slowest):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("files", type=int)
+    parser.add_argument("attacks", type=int, help=f"rounded up to a multiple of {BLOCK}")
     parser.add_argument("record", type=Path, help="the file for what became of them, written again and again")
     parser.add_argument("--jobs", type=int, default=1, help="processes side by side")
     given = parser.parse_args()
-    for record in fuzz(given.files, given.jobs):
+    for record in fuzz(given.attacks, given.jobs):
         given.record.write_text(json.dumps(record, indent=1) + "\n")
-        print(f"{record['files']:,} files, slowest {record['slowest_seconds']} s", flush=True)
+        told = f"{record['attacks']:,} attacks, {record['files']:,} different files"
+        print(f"{told}, slowest {record['slowest_seconds']} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -438,6 +438,7 @@ FORGED = {
             "an escape sequence": "\x1b[2J\x1b[31m",
             "a line": "a\nb",
             "a turn of direction": "\u202eabc",
+            "a text of 70,000 characters": "x" * 70_000,
         }.items()
     },
 }
@@ -512,7 +513,9 @@ def test_names_that_no_reader_takes_are_not_written(tmp_path):
     crowd = nn.ParameterList([nn.Parameter(torch.zeros(0))] * (MAX_NAMES + 1))
     with pytest.raises(ValueError, match=f"at most {MAX_NAMES:,}"):
         save_compressed(crowd, tmp_path / "net.dkm")
-    wide = nn.ParameterDict({"x" * MAX_HEADER: nn.Parameter(torch.zeros(0))})
+    with pytest.raises(ValueError, match="x.* has more than 256 characters"):
+        save_compressed(nn.ParameterDict({"x" * 257: nn.Parameter(torch.zeros(0))}), tmp_path / "net.dkm")
+    wide = nn.ParameterDict({f"{i:0256}": nn.Parameter(torch.zeros(0)) for i in range(MAX_NAMES)})
     with pytest.raises(ValueError, match=f"at most {MAX_HEADER:,}"):
         save_compressed(wide, tmp_path / "net.dkm")
     assert not list(tmp_path.iterdir())
@@ -623,7 +626,7 @@ def test_mutated_files_neither_crash_nor_hang_nor_pass(root, tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     record = json.loads(record.read_text())
-    assert record["files"] >= 2000 and record["slowest_seconds"] < 1
+    assert record["attacks"] == 2000 and record["files"] > 1500 and record["slowest_seconds"] < 1
     for kind in ("flip", "cut", "splice", "length"):
         assert record["kinds"][kind]["read"] <= 2  # where a random change changed nothing
 
