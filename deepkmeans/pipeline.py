@@ -37,13 +37,13 @@ def bits_for_ratio(
 @dataclass(frozen=True)
 class Outcome:
     """What `compress` did: plan, what each layer got, size on disk, history of re-training, accuracy where measured."""
-    wanted: float
-    plan: Plan
-    sharing: SharingReport
-    size: CompressionReport
-    history: list
-    before: Accuracy | None
-    after: Accuracy | None
+    wanted: float # the ratio that was asked for, bytes of the dense tensors over bytes of the file
+    plan: Plan # what the allocator chose for each layer
+    sharing: SharingReport # what each layer got
+    size: CompressionReport # of the network on disk
+    history: list # of re-training, one dict an epoch; empty without epochs
+    before: Accuracy | None # of the network that came in; None without a `test_loader`
+    after: Accuracy | None # of the shared network
 
     @property
     def ratio(self) -> float:

@@ -89,9 +89,9 @@ def seeded(
 # %% ../nbs/05_retrain.ipynb #evaluate
 class Accuracy(NamedTuple):
     """Percent of the images with their class as the best guess, or among the best five; mean cross-entropy in nats."""
-    top1: float
-    top5: float
-    loss: float
+    top1: float # percent of the images
+    top5: float # percent of the images; of a network of fewer outputs 100
+    loss: float # mean cross-entropy, nats
 
 # %% ../nbs/05_retrain.ipynb #evaluate-modes
 def _device(model):

@@ -33,7 +33,11 @@ def _moved(old, fn):  # where fn would cast, only its device counts
 class Codes(nn.Module):
     """Codes (n,) and the counts (k,) of their clusters: in the state dict, moved with the network, no buffers."""
 
-    def __init__(self, codes: torch.Tensor, k: int):
+    def __init__(
+        self,
+        codes: torch.Tensor, # (n,) integers from 0 to k − 1
+        k: int, # clusters
+    ):
         super().__init__()
         self.codes = codes.to(torch.int32)
         self.counts = torch.bincount(codes, minlength=k)
