@@ -172,7 +172,7 @@ def described(node, source, place):  # a definition as a directive of Sphinx's P
             if isinstance(n, ast.FunctionDef) and not n.name.startswith("_") and ast.get_docstring(n)
         ]
         init = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
-        arguments = f"({', '.join(ast.unparse(f) for f in fields(node))})" if fields(node) else ""
+        arguments = f"({', '.join(map(field, fields(node)))})" if fields(node) else ""
         if init:
             arguments = f"({signature(init, skip=1)})"
         text = [prose(node), table(parameters(init, source) if init else field_rows(node, source)), place]
@@ -209,11 +209,23 @@ def directive(kind, head, *text):
 def signature(node, skip=0):
     given = ast.parse(ast.unparse(node)).body[0].args
     del given.args[:skip]
+    for argument in [*given.posonlyargs, *given.args, *given.kwonlyargs]:
+        argument.annotation = unquoted(argument.annotation)
     return ast.unparse(given)
 
 
 def arrow(node):
-    return f" -> {ast.unparse(node.returns)}" if node.returns else ""
+    return f" -> {ast.unparse(unquoted(node.returns))}" if node.returns else ""
+
+
+def unquoted(node):  # an annotation in quotes, of what is imported late, as the type that it names
+    is_text = isinstance(node, ast.Constant) and isinstance(node.value, str)
+    return ast.parse(node.value, mode="eval").body if is_text else node
+
+
+def field(node):  # of a class, with its default where it has one
+    default = f" = {ast.unparse(node.value)}" if node.value else ""
+    return f"{node.target.id}: {ast.unparse(unquoted(node.annotation))}{default}"
 
 
 def prose(node):
@@ -224,15 +236,19 @@ def prose(node):
 def parameters(node, source):
     notes, last = comments(source), header_end(node, source)
     rows = [
-        (f"`{a.arg}`", code(a.annotation), code(default), notes.get(a.lineno, ""))
+        (f"`{a.arg}`", type_of(a.annotation), code(default), notes.get(a.lineno, ""))
         for a, default in arguments(node)
         if a.lineno != last
     ]
-    return [row for row in [*rows, ("returns", code(node.returns), "", notes.get(last, "").lstrip("→ "))] if row[3]]
+    return [row for row in [*rows, ("returns", type_of(node.returns), "", notes.get(last, "").lstrip("→ "))] if row[3]]
 
 
-def code(node):  # of a type or a default, where there is one
+def code(node):  # of a default, where there is one
     return f"`{ast.unparse(node)}`" if node else ""
+
+
+def type_of(annotation):  # the type, where there is one
+    return code(unquoted(annotation))
 
 
 def arguments(node):  # [(argument, its default or None)]
@@ -257,7 +273,7 @@ def fields(node):
 def field_rows(node, source):
     notes = comments(source)
     return [
-        (f"`{f.target.id}`", code(f.annotation), code(f.value), notes[f.end_lineno])
+        (f"`{f.target.id}`", type_of(f.annotation), code(f.value), notes[f.end_lineno])
         for f in fields(node)
         if f.end_lineno in notes
     ]

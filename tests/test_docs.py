@@ -95,6 +95,8 @@ def test_api_documents_every_public_name(root, site, pages):
         "share(model: nn.Module, plan: dict[str, LayerPlan], *, codes: dict[str, torch.Tensor] | None = None, "
         "seed: int | torch.Generator = 0, backend: str = 'auto', progress: bool = False)"
     )
+    data = re.sub(r"<[^>]+>", "", (site / "api" / "data.html").read_text())
+    assert "class Data(train: Split | Files, " in data and "'Split" not in data
     plan = re.sub(r"<[^>]+>", "", (site / "api" / "plan.html").read_text())
     assert "clusters in every layer, or one number for each planned layer in order" in plan
     for said in (
