@@ -44,7 +44,7 @@ def _differentiable(model, weights):
             m.training = mode
 
 # %% ../nbs/08_allocation.ipynb #scores
-def _scores(model, x, weights, generator):  # for each weight: gradient of −log p(y|x), y drawn, summed over the batch
+def _score_gradients(model, x, weights, generator):  # for each weight: gradient of −log p(y|x), y drawn, over the batch
     x = x.to(weights[0].device)
     logits = heads(model(x.clone() if x.is_inference() else x))[0].float()  # (b, classes)
     y = torch.multinomial(logits.detach().softmax(1).cpu(), 1, generator=generator)[:, 0]  # (b,)
@@ -57,7 +57,7 @@ def _check_images(images):
         raise ValueError(f"images={images!r} must be a whole number of at least 1")
 
 # %% ../nbs/08_allocation.ipynb #few
-def _few(loader, images, batch):
+def _first_images(loader, images, batch):
     for x, _ in pairs(loader):
         yield from x[:images].split(batch)
         images -= len(x)
@@ -87,8 +87,8 @@ def fisher(
     seen = 0
     with _differentiable(model, weights), seeded(seed):
         sums = [torch.zeros_like(w, dtype=torch.float64) for w in weights]
-        for x in _few(loader, images, batch):
-            for total, gradient in zip(sums, _scores(model, x, weights, generator)):
+        for x in _first_images(loader, images, batch):
+            for total, gradient in zip(sums, _score_gradients(model, x, weights, generator)):
                 total += gradient.double().square() if gradient is not None else 0
             seen += len(x)
     if not seen:
@@ -191,7 +191,7 @@ def _with_barrier(loss, energy):  # loss for small ones, without bound where not
     return -energy * np.log1p(-np.minimum(loss / max(energy, 1e-300), 1 - 1e-9))
 
 # %% ../nbs/08_allocation.ipynb #between
-def _between(curve, table, p, k):  # (sparsities, ks) → (p, k)
+def _interpolated(curve, table, p, k):  # (sparsities, ks) → (p, k)
     from scipy.interpolate import make_interp_spline  # takes a quarter of a second to import
 
     def lines(points, table, at, axis):  # a single point holds everywhere
@@ -206,7 +206,7 @@ def _between(curve, table, p, k):  # (sparsities, ks) → (p, k)
 # %% ../nbs/08_allocation.ipynb #losses
 def _losses(curve, p, k, pinned):  # (s, m)
     logarithms = np.log(np.maximum(curve.loss, 1e-12 * curve.zero[-1] + 1e-300))
-    return _with_barrier(np.exp(_between(curve, logarithms, p, k)) + curve.zero[pinned], curve.zero[-1])
+    return _with_barrier(np.exp(_interpolated(curve, logarithms, p, k)) + curve.zero[pinned], curve.zero[-1])
 
 # %% ../nbs/08_allocation.ipynb #split-bits
 def _split_bits(n, pinned):  # n·h(pinned/n)
@@ -214,7 +214,7 @@ def _split_bits(n, pinned):  # n·h(pinned/n)
 
 # %% ../nbs/08_allocation.ipynb #indexes
 def _indexes(curve, coding, p, k, pinned):  # (s, m) bits of all indexes
-    entropy = _between(curve, curve.bits, p, k).clip(0) + _split_bits(curve.n, pinned)
+    entropy = _interpolated(curve, curve.bits, p, k).clip(0) + _split_bits(curve.n, pinned)
     digits = curve.n * np.log2(k) + 0 * entropy
     return {"file": np.minimum(entropy + 8 * k, digits), "entropy": entropy,
             "huffman": np.maximum(entropy, curve.n * (k > 1)),

@@ -58,7 +58,7 @@ def _option(text): # "depth=16" → ("depth", 16)
         raise ValueError(f"option={text!r} must have a number, true or false as its value") from None
 
 # %% ../nbs/40_cli.ipynb #told
-def _told(text): # "data=mnist" → ("data", "mnist")
+def _card_entry(text): # "data=mnist" → ("data", "mnist")
     name, equals, value = text.partition("=")
     if not equals:
         raise ValueError(f"card={text!r} must read NAME=VALUE, such as data=mnist")
@@ -79,7 +79,7 @@ def _of_torchvision(name, num_classes, options): # "resnet18", or "torchvision:r
     return build(prefix + name.removeprefix(prefix), num_classes, **options)
 
 # %% ../nbs/40_cli.ipynb #known
-def _known(name, num_classes, options):
+def _known_network(name, num_classes, options):
     if name in MODELS:
         return build(name, num_classes or 10, **options)
     return _of_torchvision(name, num_classes or 1000, options)
@@ -99,7 +99,7 @@ def _network(args): # → the network that the options --arch, --num-classes and
     options = dict(map(_option, args.option))
     ours = ":" not in args.arch or args.arch.startswith("torchvision:")
     try:
-        model = (_known if ours else _own)(args.arch, args.num_classes, options)
+        model = (_known_network if ours else _own)(args.arch, args.num_classes, options)
     except ValueError:
         raise
     except Exception as error:  # whatever a builder, or a module of the user's, makes of options that it does not know
@@ -162,7 +162,7 @@ def _images(args, model): # the test images of --data, when they fit the network
     return _Images(loader, data.name, len(data.test), data.fingerprint)
 
 # %% ../nbs/40_cli.ipynb #accuracy
-def _accuracy(model, images):
+def _measured_accuracy(model, images):
     loader = tqdm(images.loader, desc="evaluate", unit=" batches", disable=not _on_terminal(), leave=False)
     try:
         return evaluate(model, loader)
@@ -178,7 +178,7 @@ def _before_and_after(images, before, after): # → data, text
 
 # %% ../nbs/40_cli.ipynb #saved
 def _saved(args, model, report): # → data, text
-    card = dict(map(_told, args.card)) or None
+    card = dict(map(_card_entry, args.card)) or None
     size = save_compressed(model, args.output, codebook_dtype=args.codebook, card=card)
     dense = int(compression(model, coding="file").dense_bits) // 8
     sizes = dict(file=str(args.output), bytes=size, dense_bytes=dense, ratio=dense / size)
@@ -190,13 +190,13 @@ def _compress(args): # → data, text
     place_for_file(args.output, args.model)
     model = load_weights(_network(args), args.model)
     images = _images(args, model) if args.data else None
-    before = images and _accuracy(model, images)
+    before = images and _measured_accuracy(model, images)
     plan = _plan(args, model)
     report = share(model, plan, codes=plan.codes, seed=args.seed, progress=_on_terminal())
     data, text = _saved(args, model, report)
     if not images:
         return data, text
-    after = _accuracy(load_compressed(args.output, _network(args), max_bytes=inf), images)
+    after = _measured_accuracy(load_compressed(args.output, _network(args), max_bytes=inf), images)
     more, line = _before_and_after(images, before, after)
     return data | more, f"{text}\n{line}"
 
@@ -239,7 +239,7 @@ def _evaluate(args):
     model = _load(args, args.file, dense=True)  # faster, and the same to the bit
     images = _images(args, model)
     card = _card_for(args.file, images) if args.record else None
-    accuracy = _accuracy(model, images)
+    accuracy = _measured_accuracy(model, images)
     found = f"top-1 {accuracy.top1:.2f} %, top-5 {accuracy.top5:.2f} %, loss {accuracy.loss:.4f}"
     text = f"{args.file} on {images.name}: {found} over {images.count:,} images"
     measured = dict(file=str(args.file), data=images.name, images=images.count, **accuracy._asdict())
@@ -260,7 +260,7 @@ def _list(args):
     return data, f"{as_text(lines)}\nlicence of all: {shelf.LICENCE}"
 
 # %% ../nbs/40_cli.ipynb #is-file
-def _is_file(network): # or the name of a network?
+def _names_file(network): # or the name of a network?
     if not network:
         return False
     return shelf.find(network).exists() or ("." in network and ":" not in network)
@@ -280,7 +280,7 @@ def _input(args, model): # → (channels, height, width) of an image
 
 # %% ../nbs/40_cli.ipynb #energy
 def _energy(args):
-    file = args.network if _is_file(args.network) else None
+    file = args.network if _names_file(args.network) else None
     if (args.network is None) == (args.arch is None) and not file:
         raise ValueError("energy needs either a FILE or --arch")
     if not file:
@@ -566,7 +566,7 @@ def _option_words(name, value): # ("exclude", ["a", "b"]) → ["--exclude=a", "-
     return [f"--{name}={one}" for one in (value if isinstance(value, list) else [value])]
 
 # %% ../nbs/40_cli.ipynb #finder
-def _finder(): # reads the options of `compress`, as many as there are
+def _option_finder(): # reads the options of `compress`, as many as there are
     finder = _Parser("deepkmeans compress", add_help=False)
     finder.add_argument("--json", action="store_true")
     _compress_options(finder, required=False)
@@ -606,7 +606,7 @@ def _config_words(finder, given, typed, others): # {"arch": "lenet5", "K": 16} �
 def _with_config(words): # the words after `deepkmeans compress`, those of --config spelled out
     if {"-h", "--help"} & {*words}:
         return words
-    finder = _finder()
+    finder = _option_finder()
     typed, others = finder.parse_known_args(words)
     _check_options(finder, typed, others)
     if typed.config is None:
@@ -633,7 +633,7 @@ def _print(text, stream): # what the stream's encoding lacks is replaced by what
         pass
 
 # %% ../nbs/40_cli.ipynb #flush
-def _flush(): # a reader that is gone, or a full disk, is no reason for a second message when Python ends
+def _flush_streams(): # a reader that is gone, or a full disk, is no reason for a second message when Python ends
     try:
         sys.stdout.flush()
     except OSError:
@@ -683,5 +683,5 @@ def main(
     except KeyboardInterrupt:
         return 130
     finally:
-        _flush()
+        _flush_streams()
     return 0

@@ -212,7 +212,7 @@ def _outcome(words, seconds):  # of a command: what went wrong, or nothing
     return said.split("\n")[-1] if process.returncode else ""
 
 # %% ../nbs/01_clustering.ipynb #fingerprint
-def _fingerprint(value):  # a number of 48 bits
+def _short_hash(value):  # a number of 48 bits
     data = value.cpu().numpy().tobytes() if isinstance(value, torch.Tensor) else repr(value).encode()
     return int.from_bytes(hashlib.sha256(data).digest()[:6], "big")
 
@@ -239,7 +239,7 @@ def _keops_trial(d, top, device):  # in a process of its own: does KeOps find wh
 # %% ../nbs/01_clustering.ipynb #keops-tried
 def _tried(folder, d, top, device):  # what went wrong when it was tried, now or by another process
     card = torch.cuda.get_device_name(device) if "cuda" in device else device
-    told = folder / f"trial-{_fingerprint([d, top, card]):x}"
+    told = folder / f"trial-{_short_hash([d, top, card]):x}"
     if not told.exists():
         program = f"from deepkmeans.clustering import _keops_trial; _keops_trial({d}, {top}, {device!r})"
         told.write_text(_outcome([sys.executable, "-c", program], _PATIENCE))
@@ -249,7 +249,7 @@ def _tried(folder, d, top, device):  # what went wrong when it was tried, now or
 def _keops_folder():  # for what KeOps compiles with these versions and this compiler, in this user's hands
     versions = [version(package) for package in ("pykeops", "torch")]
     compiler = [os.environ.get(name) for name in ("CXX", "CXXFLAGS")]
-    name = f"deepkmeans-keops-{os.getuid()}-{_fingerprint([sys.version, versions, compiler]):x}"
+    name = f"deepkmeans-keops-{os.getuid()}-{_short_hash([sys.version, versions, compiler]):x}"
     folder = _own_folder(Path(tempfile.gettempdir()) / name)
     os.environ.setdefault("KEOPS_CACHE_FOLDER", str(folder))
     return folder
@@ -455,7 +455,7 @@ def _move(space, codes, donors, row, empty):
         codes[a:b] = torch.where(moves, target[codes[a:b]], codes[a:b])
 
 # %% ../nbs/01_clustering.ipynb #kept
-def _kept(codebook, codes, taken):  # without the centres that are not taken
+def _without_empty(codebook, codes, taken):  # without the centres that are not taken
     return codebook[taken], (taken.cumsum(0) - 1)[codes]
 
 # %% ../nbs/01_clustering.ipynb #update-code
@@ -466,7 +466,7 @@ def _update(space, codes, k):
     while len(empty := (mass == 0).nonzero()[:, 0]):
         donors, row = _donors(space, means, codes, len(empty))
         if not len(donors):
-            return *_kept(means, codes, mass > 0), refilled
+            return *_without_empty(means, codes, mass > 0), refilled
         codes, refilled = codes.clone(), True
         _move(space, codes, donors, row, empty[:len(donors)])
         means, mass = _means(space, codes, k)
@@ -574,7 +574,7 @@ def _settled(space, codebook, codes, backend):
             return codebook, codes
         donors, row = _donors(space, space.scaled(codebook), codes, len(empty))
         if not len(donors):
-            return _kept(codebook, codes, taken)
+            return _without_empty(codebook, codes, taken)
         codebook = codebook.index_copy(0, empty[:len(donors)], row[donors].to(codebook.dtype))
 
 # %% ../nbs/01_clustering.ipynb #seeding
@@ -649,7 +649,7 @@ def _seed_plusplus(space, k, generator):
 BACKENDS = ("auto", "torch", "faiss", "triton", "keops", "tree", "exact")
 
 
-class _View:  # of an array that may be read-only, which PyTorch warns of; nothing here writes to it
+class _Writable:  # of an array that may be read-only, which PyTorch warns of; nothing here writes to it
     def __init__(self, array):
         self.array = array
         self.__array_interface__ = array.__array_interface__ | {"data": (array.__array_interface__["data"][0], False)}
@@ -664,7 +664,7 @@ def _tensor(values, name):
         if array.dtype == object:  # as of a frame whose columns have several types, or of one that may lack values
             array = array.astype(np.float64)
         array = np.ascontiguousarray(array, array.dtype.newbyteorder("="))
-        return torch.from_numpy(np.asarray(_View(array)))
+        return torch.from_numpy(np.asarray(_Writable(array)))
     except (TypeError, ValueError, RuntimeError) as error:
         kind = type(values).__name__
         raise ValueError(f"{name} of type {kind} must be numbers that PyTorch knows: {error}") from None
@@ -781,7 +781,7 @@ def _backend(name, rows, k, warm, whole=True):
     return name
 
 # %% ../nbs/01_clustering.ipynb #generator
-def _generator(seed):
+def _seeded_generator(seed):
     if isinstance(seed, torch.Generator):
         return seed
     seed = _whole(seed, "seed")
@@ -829,7 +829,7 @@ def _together(group, rows):  # an error in one process of the group becomes one 
 def _check_same(group, device, **arguments):
     if group is None:
         return
-    prints = torch.tensor([_fingerprint(value) for value in arguments.values()], device=device)
+    prints = torch.tensor([_short_hash(value) for value in arguments.values()], device=device)
     most, least = _reduced(torch.stack([prints, -prints]), group, "MAX").tolist()
     differs = [name for name, a, b in zip(arguments, most, least) if a != -b]
     if differs:
@@ -892,7 +892,7 @@ def kmeans(
         k = _whole(k, "k")
         max_iter = _whole(max_iter, "max_iter")
         n_init = _whole(n_init, "n_init")
-        rows, generator = _checked_rows(rows), _generator(seed)
+        rows, generator = _checked_rows(rows), _seeded_generator(seed)
         weight, init = _checked_weight(sample_weight, rows), _checked_init(init, rows.shape[1], k, rows.device)
         if group is not None and (isinstance(init, str) or pinned_zero):
             given = f"init={init!r} and pinned_zero={pinned_zero}"

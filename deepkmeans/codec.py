@@ -89,7 +89,7 @@ def _distribution(f):
     return stream.model.Categorical((f - 1).astype(np.float32), perfect=False)
 
 # %% ../nbs/07_codec.ipynb #bits
-def _bits(counts, histogram, k):
+def _code_bits(counts, histogram, k):
     used, f = _table(histogram, k)
     return float(np.sum(counts[used] * (PRECISION - np.log2(f))))
 
@@ -97,7 +97,7 @@ def _bits(counts, histogram, k):
 def _shortest_histogram(counts, k):  # none, or a byte for each cluster
     none = np.empty(0, np.uint8)
     full = histogram_bytes(counts)
-    return none if _bits(counts, none, k) <= 8 * len(full) + _bits(counts, full, k) else full
+    return none if _code_bits(counts, none, k) <= 8 * len(full) + _code_bits(counts, full, k) else full
 
 # %% ../nbs/07_codec.ipynb #coder
 MAX_K = 2**22  # clusters of one layer
@@ -460,7 +460,7 @@ def _parametrized(name): # "conv.parametrizations.weight.original" → "conv"; N
     return layer.removeprefix(".") if inside else None
 
 # %% ../nbs/07_codec.ipynb #state
-def _state(model): # {name in the dense network: tensor, or module whose weight is shared}
+def _named_tensors(model): # {name in the dense network: tensor, or module whose weight is shared}
     shared = {name: m for name, m in model.named_modules(remove_duplicate=False)
               if parametrize.is_parametrized(m, "weight") and isinstance(m.parametrizations.weight[0], SharedWeight)}
     dense = {name: t for name, t in model.state_dict(keep_vars=True).items() if _parametrized(name) not in shared}
@@ -523,7 +523,7 @@ def _store_tensor(name, tensor, arrays): # appends to the arrays; → type, shap
     return dtype, list(tensor.shape)
 
 # %% ../nbs/07_codec.ipynb #store
-def _store(state, dtype, arrays): # appends to the arrays; → list of StoredLayer, {name: (type, shape)}
+def _stored_parts(state, dtype, arrays): # appends to the arrays; → list of StoredLayer, {name: (type, shape)}
     layers = []
     tensors = {}
     for name, item in state.items():
@@ -569,7 +569,7 @@ def _misfit(named, outline): # why `build` does not make a network of that outli
         model = _blank(named, outline[0])
     except Exception as error:  # whatever a builder of any library makes of what it was not made for
         return f"it cannot be built: {error}"
-    return None if _outline(_state(model)) == outline else "build makes other tensors from it"
+    return None if _outline(_named_tensors(model)) == outline else "build makes other tensors from it"
 
 # %% ../nbs/07_codec.ipynb #architecture
 def _architecture(model, given, *outline): # what `build` makes this network from, or None
@@ -599,12 +599,12 @@ def file_bytes(
         raise ValueError(f"codebook_dtype={codebook_dtype!r} must be None, 'float32' or 'float16'")
     if card is not None and not _is_card(card):
         raise ValueError(f"card={card!r} must be a dict of printable texts and numbers by name")
-    state = _state(model)
+    state = _named_tensors(model)
     kinds, ties = _outline(state)
     _check_names(kinds)
     arrays = defaultdict(bytearray)
     first = {name: item for name, item in state.items() if name not in ties}
-    layers, tensors = _store(first, CODEBOOK_DTYPES[codebook_dtype], arrays)
+    layers, tensors = _stored_parts(first, CODEBOOK_DTYPES[codebook_dtype], arrays)
     tables = Tables(layers, tensors, ties, _architecture(model, architecture, kinds, ties), card)
     _check_size(tables, sum(map(len, arrays.values())), ValueError)
     return _container(arrays, _metadata(tables))
@@ -705,9 +705,9 @@ def _skeleton(content): # the network that the file names, without memory
     return model
 
 # %% ../nbs/07_codec.ipynb #fit
-def _check_fit(content, model):
+def _check_network(content, model):
     _need(not shared_layers(model), "the network has shared layers already; call unshare(model) first")
-    here, ties = _outline(_state(model))
+    here, ties = _outline(_named_tensors(model))
     there, stored_ties = content.tables.outline()
     for name in (*here, *there):
         _need(name in there, f"the file has no {name!r}, which the network has")
@@ -726,7 +726,7 @@ def _install(model, content, codes, assign):
         SharedWeight.attach(module, codebook, codes[layer.name], layer.layout, pinned, unsafe=True)
         state[_join(layer.name, "parametrizations.weight.original")] = codebook
     state.update({name: state[owner] for name, owner in content.tables.ties.items() if owner in state})
-    model.load_state_dict(state, strict=False, assign=assign)  # _check_fit saw that nothing else is missing
+    model.load_state_dict(state, strict=False, assign=assign)  # _check_network saw that nothing else is missing
 
 # %% ../nbs/07_codec.ipynb #load
 def load_compressed(
@@ -743,7 +743,7 @@ def load_compressed(
     """
     content = _read(path, max_bytes)
     target = _skeleton(content) if model is None else model
-    _check_fit(content, target)
+    _check_network(content, target)
     codes = {layer.name: content.codes(layer) for layer in content.tables.layers}
     if model is None:
         target = target.to_empty(device="cpu").eval()

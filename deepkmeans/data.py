@@ -34,7 +34,7 @@ def _seed(*key):
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:4], "big")
 
 # %% ../nbs/12_data.ipynb #generator
-def _generator(*key):
+def _keyed_generator(*key):
     return torch.Generator().manual_seed(_seed(*key))
 
 # %% ../nbs/12_data.ipynb #crop
@@ -55,7 +55,7 @@ def _contrast(images, factor): # (b, c, h, w), (b,) → (b, c, h, w) float32; no
 
 # %% ../nbs/12_data.ipynb #drawn
 def _drawn(n, key):  # for n images: (n, 2) shifts, (n,) flips, (n,) factors of contrast
-    g = _generator("augment", *key)
+    g = _keyed_generator("augment", *key)
     shift = torch.randint(0, 9, (n, 2), generator=g)
     flip = torch.rand(n, generator=g) < 0.5
     factor = 0.75 + 0.5 * torch.rand(n, generator=g)
@@ -132,7 +132,7 @@ def pixel_stats(
     return (mean / 255).float(), (std / 255).clamp_min(1 / 255).float()
 
 # %% ../nbs/12_data.ipynb #fingerprint
-def _fingerprint(*splits):
+def _splits_fingerprint(*splits):
     digest = hashlib.sha256()
     for split in splits:
         digest.update(repr(tuple(split.images.shape)).encode())
@@ -161,7 +161,8 @@ def _data(train, test, classes, name, augment="none"):
                              f"it needs at least one image and a label from 0 to {len(classes) - 1} for each")
     if train.shape != test.shape:
         raise ValueError(f"{name}: training images are {train.shape}, but test images {test.shape}")
-    return Data(train, test, tuple(classes), name, _fingerprint(train, test), *channel_stats(train.images), augment)
+    fingerprint = _splits_fingerprint(train, test)
+    return Data(train, test, tuple(classes), name, fingerprint, *channel_stats(train.images), augment)
 
 # %% ../nbs/12_data.ipynb #digits
 def _digits():
@@ -229,7 +230,7 @@ def _image_column(path, file): # → its name, where the file is an image set
     return image
 
 # %% ../nbs/12_data.ipynb #columns
-def _columns(path): # → image bytes and labels of all rows; other columns are not read
+def _parquet_columns(path): # → image bytes and labels of all rows; other columns are not read
     import pyarrow.parquet as pq
     with pq.ParquetFile(path) as file:
         image = _image_column(path, file)
@@ -248,7 +249,7 @@ def _columns(path): # → image bytes and labels of all rows; other columns are 
 def _read_parquet(path, progress): # → images (n, c, h, w) uint8, labels (n,) int64, was any image JPEG?
     import pyarrow as pa
     try:
-        sources, labels = _columns(path)
+        sources, labels = _parquet_columns(path)
     except (pa.ArrowException, OSError) as e:
         raise ValueError(f"{path} is not a readable parquet file: {' '.join(str(e).split())}") from e
     for column in (sources, labels):
@@ -402,7 +403,7 @@ class Files:
         """One (images uint8, labels) for each tensor of indices in `chunks`."""
         batches = [chunk.tolist() for chunk in chunks]
         return torch.utils.data.DataLoader(_Decoder(self, augment, key), batch_sampler=batches, num_workers=workers,
-                                           generator=_generator("workers", *key))
+                                           generator=_keyed_generator("workers", *key))
 
 # %% ../nbs/12_data.ipynb #decoder
 class _Decoder(torch.utils.data.Dataset):
@@ -519,7 +520,7 @@ def _check_wanted(name, size, stream):
         raise ValueError(f"size={size} must be at least 1")
 
 # %% ../nbs/12_data.ipynb #known-set
-def _known(name, root, download, progress): # one of CLASSES
+def _known_data(name, root, download, progress): # one of CLASSES
     (train, test), jpeg = _find(name, root, download, progress)
     augment = "crop-flip" if name == "cifar10" else "none"
     return _data(train, test, CLASSES[name], f"{name}-jpeg" if jpeg else name, augment)
@@ -552,7 +553,7 @@ def load(
     if name == "digits":
         return _digits()
     if name in CLASSES:
-        return _known(name, root, download, progress)
+        return _known_data(name, root, download, progress)
     path = (_imagenet(root) if name == "imagenet" else Path(name)).resolve()
     if stream or name == "imagenet":
         return _stream(path, size or 224)
@@ -566,7 +567,7 @@ def _part(split, n, what, seed):
         raise ValueError(f"{what}={n} must be from 0 to the number of images, {len(split)}")
     if not n:
         return split
-    order = torch.randperm(len(split), generator=_generator("subset", what, seed))
+    order = torch.randperm(len(split), generator=_keyed_generator("subset", what, seed))
     chosen = order[:n].sort().values
     return Split(split.images[chosen], split.labels[chosen])
 
@@ -585,10 +586,10 @@ def subset(
         return data
     few = _part(data.train, train, "train", seed), _part(data.test, test, "test", seed)
     name = f"{data.name}[{len(few[0])}, {len(few[1])}]"
-    return data._replace(train=few[0], test=few[1], fingerprint=_fingerprint(*few), name=name)
+    return data._replace(train=few[0], test=few[1], fingerprint=_splits_fingerprint(*few), name=name)
 
 # %% ../nbs/12_data.ipynb #per-pixel
-def _constant(values, shape, name): # (c,) or (c, h, w) → (c, 1, 1) or (c, h, w)
+def _per_channel(values, shape, name): # (c,) or (c, h, w) → (c, 1, 1) or (c, h, w)
     values = torch.as_tensor(values, dtype=torch.float32)
     if tuple(values.shape) not in (shape[:1], shape):
         raise ValueError(f"{name} has shape {tuple(values.shape)}; "
@@ -597,8 +598,8 @@ def _constant(values, shape, name): # (c,) or (c, h, w) → (c, 1, 1) or (c, h, 
 
 # %% ../nbs/12_data.ipynb #scale-and-shift
 def _scale_and_shift(shape, mean, std): # of bytes: x·scale + shift is standardised
-    mean = _constant([0.0] * shape[0] if mean is None else mean, shape, "mean")
-    std = _constant([1.0] * shape[0] if std is None else std, shape, "std")
+    mean = _per_channel([0.0] * shape[0] if mean is None else mean, shape, "mean")
+    std = _per_channel([1.0] * shape[0] if std is None else std, shape, "std")
     if not (std > 0).all():
         raise ValueError(f"std has the value {std.min().item()}; all must be above 0")
     return 1 / (255 * std), -mean / std
@@ -658,7 +659,7 @@ class Loader:
     def __iter__(self):
         n = len(self.split)
         key = (self.seed, self.epoch)
-        order = torch.randperm(n, generator=_generator("order", *key)) if self.shuffle else torch.arange(n)
+        order = torch.randperm(n, generator=_keyed_generator("order", *key)) if self.shuffle else torch.arange(n)
         chunks = order.split(self.batch_size)[:len(self)]
         for images, labels in self.split.batches(chunks, self.augment, key, self.workers):
             x = images.to(device=self.device, dtype=torch.float32, memory_format=self.memory_format)  # (b, c, h, w)

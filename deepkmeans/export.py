@@ -89,7 +89,7 @@ def _export(dense, batch, input_shape, opset):
         raise ValueError(f"input_shape={tuple(input_shape)}: torch cannot export the network ({why})") from error
 
 # %% ../nbs/10_export.ipynb #constant
-def _constant(graph, layer, dense):  # the initializer that holds these numbers
+def _initializer(graph, layer, dense):  # the initializer that holds these numbers
     from onnx import numpy_helper
 
     for constant in graph.initializer:
@@ -107,7 +107,7 @@ def _codebook(shared, weight):  # (k, d), as the network uses it
 def _weight_nodes(graph, layer, shared, weight, opset):  # replace one initializer of the graph by codebook[codes]
     from onnx import TensorProto, helper, numpy_helper
 
-    constant = _constant(graph, layer, weight.cpu().numpy())
+    constant = _initializer(graph, layer, weight.cpu().numpy())
     graph.initializer.remove(constant)
     codebook, codes, indexes, rows, shape = (f"{layer}.{p}" for p in ("codebook", "codes", "indexes", "rows", "shape"))
     graph.initializer.extend([numpy_helper.from_array(_codebook(shared, weight).numpy(), codebook),
@@ -118,7 +118,7 @@ def _weight_nodes(graph, layer, shared, weight, opset):  # replace one initializ
             helper.make_node("Reshape", [rows, shape], [constant.name])]
 
 # %% ../nbs/10_export.ipynb #plain
-def _plain(proto):  # the nodes without what torch notes about the source code (kilobytes, with paths of this machine)
+def _without_notes(proto):  # the nodes without what torch notes about the source code: paths of this machine
     graph = proto.graph
     named = (*graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer)
     for part in (proto, graph, *named):
@@ -133,7 +133,7 @@ def _share_graph(proto, model, dense, used, opset):
         if layer in used:
             weight = dense.get_submodule(layer).weight.detach()
             nodes += _weight_nodes(proto.graph, layer, shared, weight, opset)
-    nodes += _plain(proto)
+    nodes += _without_notes(proto)
     del proto.graph.node[:]
     proto.graph.node.extend(nodes)
 

@@ -101,7 +101,7 @@ def _brief(input_shape):
     return f"a tensor {tuple(input_shape.shape)}" if isinstance(input_shape, torch.Tensor) else input_shape
 
 # %% ../nbs/09_hardware.ipynb #watch
-def _watch(model, input_shape):
+def _watch_forward(model, input_shape):
     """({layer: [(shape of the input, shape of the output), a pair for each call]}, MACs of the whole pass)."""
     calls = {}
     try:
@@ -210,7 +210,7 @@ USES = ("each", "all", "once")
 COMPUTATION = ("dense", "reuse")
 
 
-def _check_options(settings):
+def _check_choices(settings):
     for option, allowed in (("stored", STORED), ("uses", USES), ("computation", COMPUTATION)):
         if settings[option] not in allowed:
             raise ValueError(f"{option}={settings[option]!r} must be one of {', '.join(allowed)}")
@@ -332,11 +332,11 @@ def energy(
     already, and an input on which the network does not run.
     """
     settings = dict(stored=stored, uses=uses, computation=computation, access_cost=access_cost)
-    _check_options(settings)
+    _check_choices(settings)
     modules = {name: m for name, m in model.named_modules() if isinstance(m, LAYERS)}
     bits = _bits("weight_bits", weight_bits, modules), _bits("activation_bits", activation_bits, modules)
     sharing = _sharing(plan or {}, modules, shared_layers(model))
-    calls, all_macs = _watch(model, input_shape)
+    calls, all_macs = _watch_forward(model, input_shape)
     if not calls:
         raise ValueError(f"input_shape={_brief(input_shape)}: "
                          f"{type(model).__name__} runs no convolution or linear layer on it")

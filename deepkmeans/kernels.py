@@ -336,7 +336,7 @@ def _among_all(centres):  # from rows and a pool to (n, 2) and (n,)
 
 # %% ../nbs/50_kernels.ipynb #order
 @_quick
-def _select(x, order, lo, hi, middle, j):  # order[lo:middle] ≤ order[middle:hi] in column j
+def _select_nth(x, order, lo, hi, middle, j):  # order[lo:middle] ≤ order[middle:hi] in column j
     while hi - lo > 1:
         a = x[order[lo], j]
         b = x[order[(lo + hi) // 2], j]
@@ -382,7 +382,7 @@ def tree_order(
     for level in range(depth):
         for s in range(2**level):
             lo, hi = (n * s) >> level, (n * (s + 1)) >> level
-            _select(x, order, lo, hi, (n * (2 * s + 1)) >> (level + 1), _widest(x, order, lo, hi))
+            _select_nth(x, order, lo, hi, (n * (2 * s + 1)) >> (level + 1), _widest(x, order, lo, hi))
     return order
 
 # %% ../nbs/50_kernels.ipynb #boxes
@@ -443,7 +443,7 @@ def _box(x, i, low, high, v):  # squared distance of row i to the box of node v
 
 # %% ../nbs/50_kernels.ipynb #least
 @_inline
-def _least(bits, count):
+def _least_bits(bits, count):
     least = _INF_BITS
     for t in range(count):
         least = min(least, bits[t])
@@ -462,7 +462,7 @@ def _compare(x, i, centres, count, squares, bits):
         for t in range(count):
             g = xj - centres[j, t]
             squares[t] += g * g
-    return _least(bits, count)
+    return _least_bits(bits, count)
 
 # %% ../nbs/50_kernels.ipynb #two-least
 @_inline
@@ -646,7 +646,7 @@ def _settle(x, i, u, own, means, ids, found, count, squares, bits, outside, code
             t += 1
         if _nearer(x, i, means, ids[t], own):
             codes[i], squares[t] = ids[t], u * u
-            bits[-1] = _least(bits, count)
+            bits[-1] = _least_bits(bits, count)
     lower[i] = min(outside, sqrt(squares[-1]))
 
 # %% ../nbs/50_kernels.ipynb #reassign
@@ -784,7 +784,7 @@ def _lloyd_sorted(x, weight, start, max_iter, stop, pool, mover):  # rows by cen
 
 # %% ../nbs/50_kernels.ipynb #place
 @_quick
-def _place(c, x, weight, square, low, high, top, mass, depth, stack, seen):  # put a centre at row c
+def _place_centre(c, x, weight, square, low, high, top, mass, depth, stack, seen):  # put a centre at row c
     n, leaves = len(x), 2**depth
     at = 0
     count = 0
@@ -867,7 +867,7 @@ def _choose(x, weight, first, draws, low, high, depth):
     stack, seen = np.empty(2**depth + 2, np.int64), np.empty(len(low), np.int64)
     chosen = np.empty(len(draws) + 1, np.int64)
     chosen[0] = first
-    _place(first, x, weight, square, low, high, top, mass, depth, stack, seen)
+    _place_centre(first, x, weight, square, low, high, top, mass, depth, stack, seen)
     for t in range(len(draws)):
         if mass[0] <= 0:
             return chosen[:t + 1]
@@ -878,7 +878,7 @@ def _choose(x, weight, first, draws, low, high, depth):
             if gain > most:
                 best, most = i, gain
         chosen[t + 1] = best
-        _place(best, x, weight, square, low, high, top, mass, depth, stack, seen)
+        _place_centre(best, x, weight, square, low, high, top, mass, depth, stack, seen)
     return chosen
 
 # %% ../nbs/50_kernels.ipynb #plusplus
@@ -951,7 +951,7 @@ def _sketch(values, weight):
 
 # %% ../nbs/50_kernels.ipynb #exact-interval
 @_strict
-def _joined(left, place, mass, mean, square):  # (mass, place, mean − place, spread) with what lies to the right of it
+def _joined_interval(left, place, mass, mean, square):  # (mass, place, mean − place, spread) with what lies right of it
     share = mass / (left[0] + mass)
     gap = (place - left[1]) + (mean - left[2])
     return left[0] + mass, left[1], left[2] + gap * share, left[3] + square + gap * gap * (left[0] * share)
@@ -978,14 +978,14 @@ def _interval(table, middle, i, j):  # of the values from i to before j: mass, o
     end, start = (p + 1) * _SOME, q * _SOME
     left = (table[i, 5], table[end - 1, 0], table[i, 6], table[i, 7])
     if q - p == 2:
-        left = _joined(left, table[end, 0], table[start - 1, 2], table[start - 1, 3], table[start - 1, 4])
+        left = _joined_interval(left, table[end, 0], table[start - 1, 2], table[start - 1, 3], table[start - 1, 4])
     elif q - p > 2:
         level = frexp((p + 1) ^ (q - 1))[1] - 1
         at = ((q - 1) >> level << level) * _SOME
         p, q = p + 1, q - 1
-        left = _joined(left, table[at - 1, 0], middle[level, p, 0], middle[level, p, 1], middle[level, p, 2])
-        left = _joined(left, table[at, 0], middle[level, q, 0], middle[level, q, 1], middle[level, q, 2])
-    return _joined(left, table[start, 0], table[j - 1, 2], table[j - 1, 3], table[j - 1, 4])
+        left = _joined_interval(left, table[at - 1, 0], middle[level, p, 0], middle[level, p, 1], middle[level, p, 2])
+        left = _joined_interval(left, table[at, 0], middle[level, q, 0], middle[level, q, 1], middle[level, q, 2])
+    return _joined_interval(left, table[start, 0], table[j - 1, 2], table[j - 1, 3], table[j - 1, 4])
 
 # %% ../nbs/50_kernels.ipynb #followed
 @_quick
@@ -1061,7 +1061,7 @@ def _cuts(table, middle, before, price):  # the cheapest cuts 0 = p₀ < p₁ < 
     return _followed(back)
 
 # %% ../nbs/50_kernels.ipynb #between
-def _between(low, high, step):  # halfway in powers of ten, as prices go over many of them
+def _halfway(low, high, step):  # halfway in powers of ten, as prices go over many of them
     return max(high / 10**min(2**step, 300), 5e-324) if low == 0 else sqrt(low) * sqrt(high)
 
 # %% ../nbs/50_kernels.ipynb #search-price
@@ -1072,7 +1072,7 @@ def _search_price(sketch, k):  # cuts with at most k intervals, cuts with at lea
     price = 3 * high / k**3
     for step in range(200):
         if step > 20 or not low < price < high:
-            price = _between(low, high, step)
+            price = _halfway(low, high, step)
         if k in (len(coarse) - 1, len(fine) - 1) or not low < price < high:
             break
         cuts = _cuts(*sketch, price)

@@ -182,7 +182,7 @@ def freshnet_cnn(
             conv5=conv(128, 256), pool5=pool(), flatten=nn.Flatten(), linear=nn.Linear(4096, num_classes)))
 
 # %% ../nbs/11_models.ipynb #wrn-block
-class _Block(nn.Module):
+class _ResidualBlock(nn.Module):
     def __init__(self, c_in, c_out, stride, dropout):
         super().__init__()
         self.bn1 = nn.BatchNorm2d(c_in)
@@ -199,7 +199,8 @@ class _Block(nn.Module):
 
 # %% ../nbs/11_models.ipynb #wrn-stage
 def _stage(c_in, c_out, stride, dropout, n):
-    blocks = [_Block(c_in, c_out, stride, dropout)] + [_Block(c_out, c_out, 1, dropout) for _ in range(n - 1)]
+    first = _ResidualBlock(c_in, c_out, stride, dropout)
+    blocks = [first] + [_ResidualBlock(c_out, c_out, 1, dropout) for _ in range(n - 1)]
     return nn.Sequential(OrderedDict((f"b{i}", block) for i, block in enumerate(blocks, 1)))
 
 # %% ../nbs/11_models.ipynb #xavier-relu
@@ -344,7 +345,7 @@ def _size(tensor):
     return "×".join(map(str, tensor.shape)) or "a number"
 
 # %% ../nbs/11_models.ipynb #misfit
-def _misfit(new, own):  # why a tensor of a file cannot replace one of the network, or None
+def _tensor_misfit(new, own):  # why a tensor of a file cannot replace one of the network, or None
     if new is None or own is None or new.shape != own.shape:
         return f"{_size(new)} in the file and {_size(own)} in the network"
     kinds = _kind_of(new), _kind_of(own)
@@ -443,7 +444,7 @@ def load_weights(
     before = deepcopy(model.state_dict())
     state = _unwrapped(*_contents(path), before)
     for name in (*before, *state):
-        if problem := _misfit(state.get(name), before.get(name)):
+        if problem := _tensor_misfit(state.get(name), before.get(name)):
             raise ValueError(f"checkpoint={str(path)!r} does not fit the architecture: {name!r} is {problem}")
     try:
         model.load_state_dict(state)

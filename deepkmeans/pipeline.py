@@ -18,7 +18,7 @@ import torch.nn as nn
 from .accounting import CompressionReport, compression
 from .allocation import allocate
 from .regularizer import Regularizer
-from .retrain import Accuracy, _checked, _modes, _restore, classification_loss, evaluate, train
+from .retrain import Accuracy, _check_training, _modes, _restore_modes, classification_loss, evaluate, train
 from .plan import LAYERS, Plan
 from .sharing import SharingReport, share, shared_layers, unshare
 
@@ -72,14 +72,14 @@ class Outcome:
         return f"{self.sharing}\n{size}{accuracy}"
 
 # %% ../nbs/13_compress.ipynb #check
-def _check(model, ratio, loader, epochs, lr, schedule):
+def _check_call(model, ratio, loader, epochs, lr, schedule):
     if not ratio > 1:
         raise ValueError(f"ratio={ratio} must be above 1, the ratio of the dense network")
     if not isinstance(epochs, Integral):
         raise ValueError(f"epochs={epochs!r} must be a whole number")
     if epochs > 0 and loader is None:
         raise ValueError(f"epochs={epochs} needs a loader of (images, labels) to train on")
-    _checked(model, loader, epochs, lr, schedule, None)
+    _check_training(model, loader, epochs, lr, schedule, None)
 
 # %% ../nbs/13_compress.ipynb #all-or-nothing
 @contextmanager
@@ -94,7 +94,7 @@ def _all_or_nothing(model):  # after an error, or Ctrl-C, weights and buffers ar
         model.load_state_dict(before)
         raise
     finally:
-        _restore(modes)
+        _restore_modes(modes)
 
 # %% ../nbs/13_compress.ipynb #retrained
 def _retrained(model, plan, ratio, loader, distill, seed, backend, **training):  # → history, codes
@@ -106,7 +106,7 @@ def _retrained(model, plan, ratio, loader, distill, seed, backend, **training): 
     return history, regularizer.codes()
 
 # %% ../nbs/13_compress.ipynb #accuracy
-def _accuracy(model, loader, amp):  # None without a loader
+def _accuracy_or_none(model, loader, amp):  # None without a loader
     return None if loader is None else evaluate(model, loader, amp=amp)
 
 # %% ../nbs/13_compress.ipynb #compress
@@ -142,11 +142,11 @@ def compress(
     reach (its message names the bound) and as `allocate` does, `FloatingPointError` when training diverges; the
     network is then as it was.
     """
-    _check(model, ratio, loader, epochs, lr, schedule)
+    _check_call(model, ratio, loader, epochs, lr, schedule)
     common = dict(seed=seed, backend=backend, progress=progress)
     plan = allocate(model, ratio, loader, first=first, last=last, layout=layout, sparsity=sparsity,
                     include=include, exclude=exclude, images=images, **common)
-    before = _accuracy(model, test_loader, amp)
+    before = _accuracy_or_none(model, test_loader, amp)
     history = []
     codes = plan.codes
     with _all_or_nothing(model):
@@ -155,5 +155,5 @@ def compress(
                             weight_decay=weight_decay, checkpoint=checkpoint, progress=progress)
             history, codes = _retrained(model, plan, ratio, loader, distill, seed, backend, **training)
         sharing = share(model, plan, codes=codes, **common)
-        after = _accuracy(model, test_loader, amp)
+        after = _accuracy_or_none(model, test_loader, amp)
     return Outcome(ratio, plan, sharing, compression(model), history, before, after)

@@ -114,7 +114,7 @@ def lasting_share(
     return min(1.0, max(0.0, float(agreement)) / energy) if energy else 0.0
 
 # %% ../nbs/04_regularizer.ipynb #nearest
-def _nearest(rows, codebook, price):
+def _nearest_priced(rows, codebook, price):
     """Codes (n,) of least squared distance plus price (k,): one more coordinate, its root for centres, 0 for rows."""
     priced = torch.cat([codebook, (price - price.min()).sqrt().unsqueeze(1).to(codebook)], 1)  # (k, d + 1)
     return encode(F.pad(rows, (0, 1)), priced)[0]
@@ -197,7 +197,7 @@ def _write(block):  # each row onto its centre
     block.given = _held(block)  # as their dtype rounds it
 
 # %% ../nbs/04_regularizer.ipynb #move
-def _move(block, device):  # to where the network was taken
+def _follow_device(block, device):  # to where the network was taken
     if device != block.latent.device:
         for name, value in vars(block).items():
             if isinstance(value, torch.Tensor):
@@ -205,7 +205,7 @@ def _move(block, device):  # to where the network was taken
 
 # %% ../nbs/04_regularizer.ipynb #follow
 def _follow(block):
-    _move(block, block.modules[0].weight.device)
+    _follow_device(block, block.modules[0].weight.device)
     step = _held(block) - block.given  # Δ, (n, d)
     mean = torch.zeros_like(block.codebook).index_add_(0, block.codes, step)  # (k, d)
     mean *= block.free / block.counts.clamp(min=1)
@@ -245,14 +245,14 @@ def _views(block):
 
 
 def _nearest_centres(view):  # codes (n,)
-    return _nearest(view.places, view.codebook, _pinned_price(view.places, view.codebook, view.share))
+    return _nearest_priced(view.places, view.codebook, _pinned_price(view.places, view.codebook, view.share))
 
 
 def _by_distance(blocks):  # codes of each layer of each block
     return [[_nearest_centres(view) for view in _views(block)] for block in blocks]
 
 # %% ../nbs/04_regularizer.ipynb #assign
-def _assign(block, codes):  # codes of each layer → how many rows moved
+def _recode(block, codes):  # codes of each layer → how many rows moved
     new = torch.cat([c + part.start for c, part in zip(codes, block.centres)])  # (n,)
     moved = int((new != block.codes).sum())
     block.codes = new
@@ -277,7 +277,7 @@ def _next_price(tried):  # the more a bit costs, the fewer are spent
 # %% ../nbs/04_regularizer.ipynb #priced
 def _priced(view, price):  # codes (n,) where a bit costs so much of squared distance
     lengths = _code_lengths(torch.bincount(view.codes, minlength=len(view.codebook)))  # (k,)
-    return _nearest(view.places, view.codebook, price * lengths)
+    return _nearest_priced(view.places, view.codebook, price * lengths)
 
 # %% ../nbs/04_regularizer.ipynb #threshold
 def _threshold(view):  # by how much the last row that the plan leaves at zero would be nearer to a centre
@@ -379,7 +379,7 @@ class _Hard:
         for block in self.blocks:
             _listen(block)
         codes = (self.price or _by_distance)(self.blocks)
-        self.moved += sum(_assign(block, own) for block, own in zip(self.blocks, codes))
+        self.moved += sum(_recode(block, own) for block, own in zip(self.blocks, codes))
 
 # %% ../nbs/04_regularizer.ipynb #hard-state
 def _hard_state(hard):  # {name: tensor}
@@ -414,7 +414,7 @@ def _load_hard(hard, state):
 KINDS = ("hard", "indicator", "spectral", "none")
 
 
-def _check(kind, strength, refresh_every, bits):
+def _check_arguments(kind, strength, refresh_every, bits):
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} must be one of {', '.join(KINDS)}")
     number = isinstance(strength, (int, float)) and strength >= 0 and isfinite(strength)
@@ -450,7 +450,7 @@ class Regularizer:
         seed: int = 0, # seed of the first clustering
         backend: str = "auto", # back end of the k-means
     ):
-        _check(kind, strength, refresh_every, bits)
+        _check_arguments(kind, strength, refresh_every, bits)
         self.layers = planned_layers(model, plan) if kind != "none" else {}
         self.plan = plan
         self.kind = kind

@@ -102,7 +102,7 @@ def _modes(model):  # of every module: is it in training?
     return {module: module.training for module in model.modules()}
 
 
-def _restore(modes):
+def _restore_modes(modes):
     for module, training in modes.items():
         module.training = training
 
@@ -114,7 +114,7 @@ def _in_eval(model):  # each module gets its mode back, after an error too
         model.eval()
         yield
     finally:
-        _restore(modes)
+        _restore_modes(modes)
 
 # %% ../nbs/05_retrain.ipynb #evaluate-scores
 def _classes(labels):
@@ -169,11 +169,11 @@ def _two_drops(done):
     return 0.1 ** ((done >= 0.5) + (done >= 0.75))
 
 
-def _constant(done):
+def _constant_rate(done):
     return 1.0
 
 
-SCHEDULES = {"cosine": _cosine, "step": _two_drops, "constant": _constant}
+SCHEDULES = {"cosine": _cosine, "step": _two_drops, "constant": _constant_rate}
 
 # %% ../nbs/05_retrain.ipynb #loss
 AUXILIARY = 0.3  # weight of the loss of an auxiliary head (Szegedy et al. 2015, section 5)
@@ -381,7 +381,7 @@ def _show(sums, began, steps, step, bar):  # → mean loss, penalty and share of
     return loss, penalty, right
 
 # %% ../nbs/05_retrain.ipynb #fingerprint
-def _fingerprint(batches):  # of a list of (images, labels)
+def _batches_fingerprint(batches):  # of a list of (images, labels)
     digest = hashlib.sha256()
     for tensor in (tensor.detach().cpu().contiguous() for batch in batches for tensor in batch):
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -397,7 +397,7 @@ def _length(loader):  # how many batches, 0 without a loader
         raise ValueError(f"loader is a {type(loader).__name__} without a length, {wanted}") from None
 
 # %% ../nbs/05_retrain.ipynb #check
-def _checked(model, loader, epochs, lr, schedule, regularizer):
+def _check_training(model, loader, epochs, lr, schedule, regularizer):
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule={schedule!r} must be one of {', '.join(SCHEDULES)}")
     _check_number("epochs", epochs, whole=True)
@@ -417,7 +417,7 @@ def _checked(model, loader, epochs, lr, schedule, regularizer):
 def _about(loader):  # what a loader says of its data; of a list, all of it
     size, data = (getattr(loader, name, None) for name in ("batch_size", "fingerprint"))
     if isinstance(loader, (list, tuple)):
-        data = _fingerprint(loader)
+        data = _batches_fingerprint(loader)
     return dict(batches=_length(loader), batch_size=size, data=data)
 
 
@@ -479,7 +479,7 @@ def _resume(checkpoint, settings, step, loader):  # the history up to now
     return history
 
 # %% ../nbs/05_retrain.ipynb #told
-def _told(regularizer):  # what an epoch did to the rows
+def _told_of_rows(regularizer):  # what an epoch did to the rows
     if regularizer is None:
         return {}
     return {"moved": regularizer.moved()} if regularizer.kind == "hard" else {"distortion": regularizer.distortion()}
@@ -514,7 +514,7 @@ def train(
     another network, other settings, plan or data (which lists hold, and loaders tell that have a `fingerprint`), and
     as `check_loader` and `pairs` do; `FloatingPointError` when the loss becomes NaN.
     """
-    _checked(model, loader, epochs, lr, schedule, regularizer)
+    _check_training(model, loader, epochs, lr, schedule, regularizer)
     plain = dict(epochs=epochs, lr=lr, schedule=schedule, momentum=momentum, weight_decay=weight_decay, amp=amp,
                  compile=compile, seed=seed, teacher=teacher is not None)
     settings = _settings(checkpoint, loader, regularizer, loss, optimizer, plain)
@@ -536,7 +536,7 @@ def train(
                 regularizer.refresh()
             rate = optimizer.param_groups[0]["initial_lr"] * SCHEDULES[schedule](epoch / epochs)
             row = _train_epoch(step, loader, _device(model), epoch * steps, epochs * steps, bar)
-            history.append(dict(epoch=epoch + 1, lr=rate, **_told(regularizer), **row))
+            history.append(dict(epoch=epoch + 1, lr=rate, **_told_of_rows(regularizer), **row))
             if checkpoint is not None:
                 _save_checkpoint(checkpoint, _state(step, loader), history, settings)
     return history

@@ -219,7 +219,7 @@ def _not_numbers(weight):  # why a tensor cannot be clustered, or None
         return "has a weight that holds NaN or infinite values"
 
 # %% ../nbs/03_sharing.ipynb #place
-def _place(tensor):  # where it begins in memory; what has no memory of its own is itself
+def _memory_place(tensor):  # where it begins in memory; what has no memory of its own is itself
     return tensor.data_ptr() or id(tensor)
 
 # %% ../nbs/03_sharing.ipynb #owners
@@ -228,7 +228,7 @@ def _owners(model):  # {place: names of the parameters that begin there}; a modu
     for prefix, module in model.named_modules():
         for name, p in module.named_parameters(recurse=False, remove_duplicate=False):
             if not is_lazy(p) and p.layout == torch.strided:
-                owners[_place(p)].append(f"{prefix}.{name}".lstrip("."))
+                owners[_memory_place(p)].append(f"{prefix}.{name}".lstrip("."))
     return owners
 
 # %% ../nbs/03_sharing.ipynb #planned-layers
@@ -248,7 +248,7 @@ def planned_layers(
         if problem := _made_elsewhere(modules[name]) or _not_numbers(modules[name].weight):
             raise ValueError(f"layer {name!r} {problem}")
         own = f"{name}.weight".lstrip(".")
-        if others := [owner for owner in owners[_place(modules[name].weight)] if owner != own]:
+        if others := [owner for owner in owners[_memory_place(modules[name].weight)] if owner != own]:
             raise ValueError(f"the weight of layer {name!r} is {others[0]!r} too, and sharing would part them: "
                              "leave it out of the plan, or give it a weight of its own")
     return {name: modules[name] for name in plan}

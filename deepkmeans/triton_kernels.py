@@ -14,7 +14,7 @@ import triton.language as tl
 # %% ../nbs/51_triton_kernels.ipynb #kernel
 #| eval: false
 @triton.jit(do_not_specialize=["n", "k"])
-def _nearest(rows, centres, codes, n, k, D: tl.constexpr, TOP: tl.constexpr, M: tl.constexpr, K: tl.constexpr):
+def _nearest_kernel(rows, centres, codes, n, k, D: tl.constexpr, TOP: tl.constexpr, M: tl.constexpr, K: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
     lane = tl.arange(0, K)
     least = tl.full((M, K), float("inf"), tl.float32)  # squared distance of the nearest so far
@@ -59,5 +59,5 @@ def nearest(
     codes = torch.empty(n, top, dtype=torch.int64, device=rows.device)
     grid = (triton.cdiv(n, TILE["M"]),)
     with torch.cuda.device_of(rows):
-        _nearest[grid](rows.contiguous(), centres.contiguous(), codes, n, len(centres), d, top, **TILE)
+        _nearest_kernel[grid](rows.contiguous(), centres.contiguous(), codes, n, len(centres), d, top, **TILE)
     return codes.clamp_(max=len(centres) - 1)  # where all distances are infinite

@@ -241,3 +241,12 @@ def test_wheel_and_sdist_pass_twine_and_the_sdist_holds_the_notebooks(root, tmp_
         "Makefile",
         "docs/build.py",
     } <= held
+
+
+def test_a_private_name_means_one_thing_in_the_whole_package(root):
+    kinds, places = (ast.FunctionDef, ast.ClassDef), {}
+    for path in sorted((root / "deepkmeans").rglob("*.py")):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, kinds) and node.name.startswith("_") and not node.name.startswith("__"):
+                places.setdefault(node.name, []).append(path.stem)
+    assert len(places) > 500 and {name: where for name, where in places.items() if len(where) > 1} == {}

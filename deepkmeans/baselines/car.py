@@ -25,7 +25,7 @@ def _weighted(model, names):  # {name: module} of all modules; those named have 
     return modules
 
 # %% ../../nbs/20_car.ipynb #kept
-def _kept(filters, n):  # indexes of the filters that stay
+def _staying(filters, n):  # indexes of the filters that stay
     gone = set(filters)
     if not gone <= set(range(n)) or len(gone) == n:
         raise ValueError(f"filters={list(filters)} must be some, not all, of 0 … {n - 1}")
@@ -54,7 +54,7 @@ def _inputs(module, name, n):  # → number of inputs, their axis in the weight,
     return found
 
 # %% ../../nbs/20_car.ipynb #select
-def _select(module, index, dim, field):
+def _select_filters(module, index, dim, field):
     names = ("weight",) if dim else ("weight", "bias", "running_mean", "running_var")
     for name in names:
         value = getattr(module, name, None)
@@ -80,12 +80,12 @@ def remove_filters(
     """
     modules = _weighted(model, (layer, *consumers))
     n = _filters(modules[layer], layer)
-    keep = _kept(filters, n).to(modules[layer].weight.device)
+    keep = _staying(filters, n).to(modules[layer].weight.device)
     inputs = [_inputs(modules[name], name, n) for name in consumers]
-    _select(modules[layer], keep, 0, "out_channels")
+    _select_filters(modules[layer], keep, 0, "out_channels")
     for name, (count, dim, field) in zip(consumers, inputs):
         owned = torch.arange(count, device=keep.device).view(n, -1)[keep]  # the inputs that the kept channels own
-        _select(modules[name], owned.flatten(), dim, field)
+        _select_filters(modules[name], owned.flatten(), dim, field)
     return model
 
 # %% ../../nbs/20_car.ipynb #reduction

@@ -34,7 +34,7 @@ def attention(
     return torch.addmm(-codebook.square().sum(1), rows * scale, codebook.T, alpha=2).softmax(1)
 
 # %% ../../nbs/25_dkm.ipynb #sums
-def _sums(rows, codebook, tau):  # (k, d) weighted sums of the rows and (k, 1) the weights
+def _soft_sums(rows, codebook, tau):  # (k, d) weighted sums of the rows and (k, 1) the weights
     a = attention(rows, codebook, tau)
     return a.T @ rows, a.sum(0)[:, None]
 
@@ -64,7 +64,7 @@ def soft_assign(
     call = _again if len(parts) > 1 else _once
     for _ in range(iterations):
         before = codebook
-        total, mass = (sum(s) for s in zip(*(call(_sums, part, before, tau) for part in parts)))
+        total, mass = (sum(s) for s in zip(*(call(_soft_sums, part, before, tau) for part in parts)))
         codebook = (total + EPS * before) / (mass + EPS)
         if (codebook - before).abs().max() <= tol:
             break
@@ -161,7 +161,7 @@ def _is_soft(module):
     return parametrize.is_parametrized(module, "weight") and isinstance(module.parametrizations.weight[0], SoftWeight)
 
 # %% ../../nbs/25_dkm.ipynb #nearest
-def _nearest(rows, soft):  # the clustering of the rows by the centres that are in use
+def _hard_clustering(rows, soft):  # the clustering of the rows by the centres that are in use
     codes, distances = encode(rows, soft.codebook)
     used, codes = codes.unique(return_inverse=True)
     return Clustering(soft.codebook[used], codes, float(distances.sum()), soft.fixed_point["iterations"])
@@ -182,7 +182,7 @@ def harden(
         own = module.parametrizations.weight[0]
         _own_class(module)
         parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
-        clustering = _nearest(to_rows(module.weight.detach(), own.plan.layout), own)
+        clustering = _hard_clustering(to_rows(module.weight.detach(), own.plan.layout), own)
         report.lines.append(_describe(name, module.weight, own.plan, clustering))
         share_layer(module, clustering, own.plan)
     return report

@@ -102,7 +102,7 @@ def random_dictionary(
     return report
 
 # %% ../../nbs/24_lowrank.ipynb #threshold
-def _threshold(alpha):  # x below which a component is null
+def _null_threshold(alpha):  # x below which a component is null
     from scipy.optimize import brentq
 
     def phi(z):
@@ -163,7 +163,7 @@ def evbmf(
     L, M = sorted(matrix.shape)
     gamma = np.linalg.svd(matrix, compute_uv=False)  # (L,)
     squares = np.maximum(gamma ** 2, 1e-28 * gamma[0] ** 2 + 1e-300)
-    least = _threshold(L / M)
+    least = _null_threshold(L / M)
     variance = _noise(squares, M, L / M, least)
     kept = gamma[gamma ** 2 > M * variance * least]
     t = 1 - (L + M) * variance / kept ** 2
@@ -290,7 +290,7 @@ def _only(value, axis, rest):  # a pair whose other half is at rest; a word, suc
     return (value[0], rest) if axis == 0 else (rest, value[1])
 
 # %% ../../nbs/24_lowrank.ipynb #along
-def _along(conv, axis):  # the geometry of a convolution along one axis
+def _along_axis(conv, axis):  # the geometry of a convolution along one axis
     options = dict(stride=(conv.stride, 1), padding=(conv.padding, 0), dilation=(conv.dilation, 1))
     split = {option: _only(value, axis, rest) for option, (value, rest) in options.items()}
     return split | dict(padding_mode=conv.padding_mode)
@@ -306,8 +306,8 @@ def _separable_factors(conv, svd, K):
     root = svd.S[:K].sqrt()  # (K,)
     vertical = (svd.U[:, :K] * root).T.reshape(K, C, ky, 1)
     horizontal = (root[:, None] * svd.Vh[:K]).reshape(K, 1, kx, N).permute(3, 0, 1, 2)
-    first = _convolution(vertical, **_along(conv, 0))
-    second = _convolution(horizontal, conv.bias, **_along(conv, 1))
+    first = _convolution(vertical, **_along_axis(conv, 0))
+    second = _convolution(horizontal, conv.bias, **_along_axis(conv, 1))
     return nn.Sequential(OrderedDict(vertical=first, horizontal=second))
 
 # %% ../../nbs/24_lowrank.ipynb #ranks-of-energy

@@ -105,7 +105,7 @@ def _principal_axes(rows):
     return torch.linalg.svd(centred, full_matrices=False).Vh[:2].T  # (d, 2)
 
 # %% ../../nbs/33_figures.ipynb #along
-def _along(rows, axes):  # (n, d) → abscissas and ordinates; single numbers lie on a line
+def _points_along(rows, axes):  # (n, d) → abscissas and ordinates; single numbers lie on a line
     if rows.shape[1] == 1:
         return rows[:, 0].tolist(), [0.0] * len(rows)
     return (rows @ axes).T.tolist()
@@ -124,8 +124,9 @@ def rows_figure(
     size = min(70, 7000 / len(codebook))  # of a cross
     fig, panels = plt.subplots(1, 2, figsize=(10, 4.4), sharex=True, sharey=True, layout="constrained")
     for ax, rows, title in zip(panels, (before, after), ("baseline", "re-trained")):
-        ax.scatter(*_along(codebook - mean, axes), marker="x", s=size, c="0.25", linewidths=1.8, zorder=1)
-        ax.scatter(*_along(rows - mean, axes), c=codes.tolist(), cmap="viridis", s=8, alpha=0.6, linewidths=0, zorder=2)
+        ax.scatter(*_points_along(codebook - mean, axes), marker="x", s=size, c="0.25", linewidths=1.8, zorder=1)
+        dots = dict(cmap="viridis", s=8, alpha=0.6, linewidths=0, zorder=2)
+        ax.scatter(*_points_along(rows - mean, axes), c=codes.tolist(), **dots)
         ax.locator_params(axis="x", nbins=7)  # for long numbers
         ax.set(title=f"{title}: {len(rows):,} rows, a colour for each centre", xlabel="first principal axis (weight)")
     panels[0].set_ylabel("second principal axis (weight)")
@@ -172,7 +173,7 @@ def history_figure(
     return fig
 
 # %% ../../nbs/33_figures.ipynb #grid
-def _grid(kernels, columns):  # (count, h, w) -> one picture with gaps between the kernels
+def _tiled(kernels, columns):  # (count, h, w) -> one picture with gaps between the kernels
     count, height, width = kernels.shape
     lines = -(-count // columns)
     padded = torch.full((lines * columns, height + 1, width + 1), float("nan"))
@@ -201,7 +202,7 @@ def filters_figure(
     size = (4.2 * len(weights) + 1, 3.6)
     fig, panels = plt.subplots(1, len(weights), figsize=size, layout="constrained", squeeze=False)
     for ax, (title, shown) in zip(panels[0], kernels.items()):
-        image = ax.imshow(_grid(shown, columns=6), cmap="gray", vmin=-limit, vmax=limit)
+        image = ax.imshow(_tiled(shown, columns=6), cmap="gray", vmin=-limit, vmax=limit)
         _frames(ax, shown, columns=6)
         ax.set_title(title)
         ax.set_axis_off()
@@ -256,7 +257,7 @@ def disk_ratio(
     return counted.bfill(axis=1).iloc[:, 0]
 
 # %% ../../nbs/33_figures.ipynb #place
-def _place(ax, x):  # 0 at the left edge of the picture, 1 at its right
+def _place_on_axis(ax, x):  # 0 at the left edge of the picture, 1 at its right
     return ax.transAxes.inverted().transform(ax.transData.transform((x, 0)))[0]
 
 # %% ../../nbs/33_figures.ipynb #arrows
@@ -264,7 +265,7 @@ def _arrows(ax, points, floor):  # points: (x, value, colour), all below the flo
     height = 0
     before = None
     for x, value, color in sorted(set(points)):
-        near = before is not None and abs(_place(ax, x) - _place(ax, before)) < 0.07
+        near = before is not None and abs(_place_on_axis(ax, x) - _place_on_axis(ax, before)) < 0.07
         height = height + 12 if near else 0
         before = x
         ax.plot(x, floor, "v", color=color, markersize=7, clip_on=False, zorder=5)

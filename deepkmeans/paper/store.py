@@ -95,7 +95,7 @@ def _digest(data):
     return hashlib.sha256(data).hexdigest()[:12]
 
 # %% ../../nbs/30_store.ipynb #is-file
-def _is_file(path):  # neither a device nor a pipe
+def _is_regular_file(path):  # neither a device nor a pipe
     try:
         return isinstance(path, (str, os.PathLike)) and Path(path).is_file()
     except OSError:  # a name that is too long
@@ -124,7 +124,7 @@ def run_id(
     plain = {name: value for name, value in parameters.items() if name not in PLACES}
     if fingerprint:
         plain["fingerprint"] = fingerprint
-    if _is_file(plain.get("checkpoint")):
+    if _is_regular_file(plain.get("checkpoint")):
         plain["checkpoint"] = _file_digest(plain["checkpoint"])
     return _digest(json.dumps(plain, sort_keys=True).encode())
 

@@ -208,7 +208,7 @@ def _paper_notebooks(root, name):  # {stem: path} of one notebook, or of all
     return {stem: notebooks[stem]}
 
 # %% ../../nbs/31_suite.ipynb #store-of
-def _store(out, again):
+def _store_folder(out, again):
     out = Path(out).resolve()
     return out / "again" / time.strftime("%Y%m%d-%H%M%S") if again else out
 
@@ -235,7 +235,7 @@ def reproduce(
     check_protocol(protocol)
     notebooks = _paper_notebooks(repository(root), name)
     given = dict(protocol=protocol, again=again, jobs=jobs, scheduler=scheduler, root=str(repository(root)))
-    given |= dict(execute=True, save=protocol != "smoke", out=str(_store(out, again)))
+    given |= dict(execute=True, save=protocol != "smoke", out=str(_store_folder(out, again)))
     if seeds or protocol == "smoke":
         given["seeds"] = seeds or 1
     executed = {stem: Path(out) / "paper" / f"{stem}_{protocol}.ipynb" for stem in notebooks}

@@ -110,7 +110,7 @@ def _in_words(change, error, ended, made):
     return "; ".join(ours + diverged)
 
 # %% ../../nbs/32_tables.ipynb #told
-def _told(line, records, reported, metric):
+def _told_line(line, records, reported, metric):
     import pandas as pd
 
     ended = [record["stages"] for record in records if line.stage in record["stages"]]
@@ -157,7 +157,7 @@ def compare(
     import pandas as pd
 
     made = _made(lines, seeds, stores, root)
-    told = {line.label: _told(line, made[line.label], reported, metric) | dict(of=seeds) for line in lines}
+    told = {line.label: _told_line(line, made[line.label], reported, metric) | dict(of=seeds) for line in lines}
     return pd.DataFrame.from_dict(told, orient="index")
 
 # %% ../../nbs/32_tables.ipynb #verdict-of
@@ -290,7 +290,7 @@ RATIOS = {
 }
 
 
-def _shown(table, frame, ratios, more):
+def _shown_frame(table, frame, ratios, more):
     import pandas as pd
 
     marks = ["" if line.paper else " †" for line in table.lines]
@@ -309,7 +309,7 @@ def show(
     **more, # further columns, as {title: one value for each line}
 ): # the table, styled
     """The table as its notebook shows it; written into figures/ if it is to `save`."""
-    shown = _shown(table, frame, ratios, more)
+    shown = _shown_frame(table, frame, ratios, more)
     if table.given["save"] and frame.made.any():
         shown.to_csv(table.path("table"), index=False, float_format="%.3f")
     signed = [name for name in shown if name.split()[-1] in ("paper", "difference")]
