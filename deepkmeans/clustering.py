@@ -102,6 +102,7 @@ class _Space(NamedTuple):
     weight: torch.Tensor | None # (n,) float64, of a size near 1
     scale: float # a power of two; rows times scale are of a size near 1 after the shift
     shift: torch.Tensor # (d,) float64, the scaled mean where it dwarfs the spread, else 0
+    shifted: bool # is there one?
     spread: float # mean variance of a scaled coordinate
     heavy: float # a power of two, by which the weights were multiplied
     group: object # the processes that hold parts of the rows; None: this one holds all
@@ -113,6 +114,8 @@ class _Space(NamedTuple):
         return self.scaled(rows).sub_(self.shift)
 
     def units(self, rows):  # the same in float32
+        if rows.dtype == torch.float32 and self.scale < 2.0**127 and not self.shifted:
+            return (rows * self.scale).contiguous()  # a power of two: to the same bits
         return torch.cat([self.unit(rows[a:b]).float() for a, b in _chunks(rows)])
 
     def seen(self, codebook):  # scaled centres as the searches see them, (k, d) float32
@@ -142,12 +145,13 @@ def _space(rows, weight=None, group=None, codebook=None):  # codebook: centres t
     spread = _mean(lambda part: _columns(part, scale, mean[:, None]).square_(), rows, weight, group)  # (d,)
     # (d,); few bits, so that x − shift is exact
     shift = torch.where(mean.abs() > 4 * spread.sqrt(), mean.float().double(), 0.0)
-    fine = 1.0
-    if shift.any():
-        shifted = (_columns(rows[a:b], scale, shift[:, None]) for a, b in _chunks(rows))
-        fine = _power(max(size(shifted), near(scale, shift)))
+    fine, shifted = 1.0, bool(shift.any())
+    if shifted:
+        moved = (_columns(rows[a:b], scale, shift[:, None]) for a, b in _chunks(rows))
+        fine = _power(max(size(moved), near(scale, shift)))
     fine = min(fine * scale, 2.0**1022) / scale
-    return _Space(rows, weight, fine * scale, fine * shift, float((spread.sqrt() * fine).square().mean()), heavy, group)
+    variance = float((spread.sqrt() * fine).square().mean())
+    return _Space(rows, weight, fine * scale, fine * shift, shifted, variance, heavy, group)
 
 # %% ../nbs/01_clustering.ipynb #search-torch
 @lru_cache(None)
