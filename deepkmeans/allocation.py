@@ -23,7 +23,7 @@ from .accounting import compression, index_bits
 from .clustering import decode, encode, kmeans, pinned_rows
 from .retrain import check_loader, heads, pairs, seeded
 from .rows import to_rows
-from .plan import LAYERS, LayerPlan, Plan, dense_layers, layers_of, make_plan
+from .plan import LAYERS, LayerPlan, Plan, dense_layers, excluded_layers, layers_of, make_plan
 from .sharing import cluster_layers, planned_layers, share_layers, side_by_side
 
 # %% ../nbs/08_allocation.ipynb #differentiable
@@ -475,7 +475,7 @@ def allocate(
         curves = layer_curves(model, loader, layout=layout, sparsity=sparsity, include=include, exclude=exclude,
                               images=images, seed=seed, backend=backend, progress=progress)
     how = dict(seed=seed, backend=backend, progress=progress)
-    left_out = make_plan(model, k=1, layout=layout, include=include, exclude=exclude).skipped
+    left_out = excluded_layers(model, include, exclude)
     size = _Size(model, curves, _lists(curves, first, last, coding), coding, how, left_out)
     _check_reach(size, ratio)
     plan = size.plan(_hit(size, size.dense / ratio))
