@@ -340,6 +340,8 @@ def fuzz(count, jobs=1):  # yields a record after each block
         for done, (kinds, seconds, files) in enumerate(pool.imap(block, range(0, count, BLOCK)), 1):
             found, slowest, made = found + kinds, max(slowest, seconds), made | files
             yield summary(len(made), done * BLOCK, found, slowest)
+        pool.close()
+        pool.join()
 
 
 def summary(files, attacks, found, slowest):
