@@ -134,10 +134,10 @@ def excluded_layers(
     include: tuple[type, ...], # module types that are wanted
     exclude: str | tuple[str, ...], # names or glob patterns of layers that are not
 ) -> dict: # {layer name: which pattern excludes it}
-    """The layers of the wanted types that stay dense, and why."""
-    layers = [name for name, module in model.named_modules() if isinstance(module, include)]
-    matches = {name: _match(name, _patterns(exclude)) for name in layers}
-    return {name: f"excluded by {pattern!r}" for name, pattern in matches.items() if pattern is not None}
+    """The layers of the wanted types that stay dense, and why. Raises `ValueError` as `layers_of` does."""
+    kept = layers_of(model, include, exclude)
+    left = [name for name, module in model.named_modules() if isinstance(module, include) and name not in kept]
+    return {name: f"excluded by {_match(name, _patterns(exclude))!r}" for name in left}
 
 # %% ../nbs/02_plan.ipynb #check-overrides
 def _check_overrides(overrides, names):
