@@ -63,9 +63,10 @@ def _card_entry(text): # "data=mnist" → ("data", "mnist")
     if not equals:
         raise ValueError(f"card={text!r} must read NAME=VALUE, such as data=mnist")
     try:
-        return name, json.loads(value)
+        told = json.loads(value)
     except ValueError:
         return name, value
+    return name, told if isinstance(told, (str, int, float)) else value
 
 # %% ../nbs/40_cli.ipynb #of-torchvision
 def _of_torchvision(name, num_classes, options): # "resnet18", or "torchvision:resnet18"
@@ -177,8 +178,7 @@ def _before_and_after(images, before, after): # → data, text
     return data, f"{images.name}: {top1}, {top5} of {images.count:,} images"
 
 # %% ../nbs/40_cli.ipynb #saved
-def _saved(args, model, report): # → data, text
-    card = dict(map(_card_entry, args.card)) or None
+def _saved(args, card, model, report): # → data, text
     size = save_compressed(model, args.output, codebook_dtype=args.codebook, card=card)
     dense = int(compression(model, coding="file").dense_bits) // 8
     sizes = dict(file=str(args.output), bytes=size, dense_bytes=dense, ratio=dense / size)
@@ -188,12 +188,13 @@ def _saved(args, model, report): # → data, text
 # %% ../nbs/40_cli.ipynb #compress
 def _compress(args): # → data, text
     place_for_file(args.output, args.model)
+    card = dict(map(_card_entry, args.card)) or None
     model = load_weights(_network(args), args.model)
     images = _images(args, model) if args.data else None
     before = images and _measured_accuracy(model, images)
     plan = _plan(args, model)
     report = share(model, plan, codes=plan.codes, seed=args.seed, progress=_on_terminal())
-    data, text = _saved(args, model, report)
+    data, text = _saved(args, card, model, report)
     if not images:
         return data, text
     after = _measured_accuracy(load_compressed(args.output, _network(args), max_bytes=inf), images)

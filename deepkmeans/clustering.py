@@ -114,7 +114,7 @@ class _Space(NamedTuple):
         return self.scaled(rows).sub_(self.shift)
 
     def units(self, rows):  # the same in float32
-        if rows.dtype == torch.float32 and self.scale < 2.0**127 and not self.shifted:
+        if rows.dtype == torch.float32 and 2.0**-126 <= self.scale < 2.0**127 and not self.shifted:
             return (rows * self.scale).contiguous()  # a power of two: to the same bits
         return torch.cat([self.unit(rows[a:b]).float() for a, b in _chunks(rows)])
 

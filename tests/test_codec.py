@@ -619,14 +619,14 @@ def test_too_little_memory_is_an_error_and_not_the_end_of_the_process():
 def test_mutated_files_neither_crash_nor_hang_nor_pass(root, tmp_path):
     record = tmp_path / "record.json"
     subprocess.run(
-        [sys.executable, root / "tests" / "fuzz_codec.py", "2000", record],
+        [sys.executable, root / "tests" / "fuzz_codec.py", "3000", record],
         check=True,
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     record = json.loads(record.read_text())
-    assert record["attacks"] == 2000 and record["files"] > 1500 and record["slowest_seconds"] < 1
+    assert record["attacks"] == 3000 and record["files"] >= 2000 and record["slowest_seconds"] < 1
     for kind in ("flip", "cut", "splice", "length"):
         assert record["kinds"][kind]["read"] <= 2  # where a random change changed nothing
 

@@ -446,3 +446,16 @@ def test_heaps_far_apart_are_iterated_as_far_by_the_compiled_loop(dtype, apart, 
     assert inertia["tree"] == pytest.approx(inertia["torch"], rel=1e-9)
     if dtype == torch.float64 and len(set(codes)) == len(centres):
         assert inertia["tree"] == pytest.approx(np.square(rows.numpy() - centres[codes]).sum(), rel=1e-6)
+
+
+def test_large_rows_are_scaled_alike_where_tiny_numbers_count_as_zero():
+    """The largest float32 are scaled by 2**-128, a number that a process may have told its processor to flush."""
+    rows = torch.tensor([[3e38, 1e38], [2.9e38, 1e38], [-3e38, 0.0], [-2.9e38, 0.0]])
+    expected = kmeans(rows, 2).codes
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor flushes nothing")
+    try:
+        found = kmeans(rows, 2).codes
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(found, expected) and found[0] == found[1] != found[2] == found[3]
