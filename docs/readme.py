@@ -11,7 +11,7 @@ from deepkmeans.paper.figures import method_look, use_style
 from deepkmeans.paper.store import repository
 
 COLUMNS = ("", "network, data, baseline, protocol", "the paper's ratio", "on disk")
-COLUMNS += ("sharing alone (WR)", "Deep k-Means", "control", "best other method")
+COLUMNS += ("sharing alone (WR)", "Deep k-Means", "control", "best other method", "run")
 NOTE = "A single run's standard error is {} to {} points."
 
 
@@ -83,7 +83,7 @@ def _lenet(folder):  # the smallest codebooks of all
     shared = _records(folder, name, hard["run"])[0]["stages"]["shared"]
     on_disk = f"{shared['ratio']['conv']['file']:.0f} (convolutions)"
     changes = [f"{alone:+.2f}", hard["− baseline"], control["− baseline"]]
-    return ["LeNet", _measured_on(folder, name, "LeNet-5"), "–", on_disk, *changes, "–"]
+    return ["LeNet", _measured_on(folder, name, "LeNet-5"), "–", on_disk, *changes, "–", _run(hard)]
 
 
 def _line(folder, shown):
@@ -94,7 +94,12 @@ def _line(folder, shown):
     about = shown.network if shown.kind else _measured_on(folder, name, shown.network)
     nominal = "–" if "wanted" in shown.kind else f"{shown.nominal:g}"
     on_disk = float(here["Deep k-Means" + shown.kind]["ratio on disk"])
-    return [shown.title, about, nominal, f"{on_disk:.3g}", *ours, _best_other(lines, shown.nominal)]
+    best, run = _best_other(lines, shown.nominal), _run(here["Deep k-Means" + shown.kind])
+    return [shown.title, about, nominal, f"{on_disk:.3g}", *ours, best, run]
+
+
+def _run(line):  # the id of the first of its runs
+    return f"`{line['run'].split()[0]}`"
 
 
 def _method(line):
