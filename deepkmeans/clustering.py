@@ -599,8 +599,10 @@ def _seed_random(space, k, generator):
 
 # %% ../nbs/01_clustering.ipynb #greedy-plusplus
 def _greedy_plusplus(x, weight, first, draws):
+    columns = x.T.contiguous()  # (d, n), three times as fast as rows
+
     def distance(i):
-        return (x - x[i]).double().square().sum(1)  # (n,)
+        return (columns - columns[:, i, None]).double().square_().sum(0)  # (n,)
 
     chosen = [_pick(weight.cumsum(0), first).item()]
     potential = distance(chosen[0])
@@ -841,17 +843,20 @@ def _check_same(group, device, **arguments):
         raise ValueError(f"the processes of the group were given different {names}, must be the same in all")
 
 # %% ../nbs/01_clustering.ipynb #zero
-def _pinned(rows, pinned_zero):  # (n,) bool: the rows of smallest norm
-    norms = (rows.double() * _power(rows.abs().max())).square().sum(1)  # (n,), scaled
-    mask = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
-    mask[norms.argsort(stable=True)[:pinned_rows(len(rows), pinned_zero)]] = True
-    return mask
+def _pinned(rows, pinned_zero):  # (n,) bool: the rows of smallest norm, the first of those that are equal
+    norms = _columns(rows, _power(rows.abs().max())).square_().sum(0)  # (n,), scaled
+    wanted = pinned_rows(len(rows), pinned_zero)
+    largest = norms.kthvalue(wanted).values if wanted else -1.0
+    pinned = norms < largest
+    equal = (norms == largest).nonzero().flatten()
+    pinned[equal[:wanted - int(pinned.sum())]] = True
+    return pinned
 
 # %% ../nbs/01_clustering.ipynb #with-zero
 def _with_zero(rest, rows, weight, pinned):  # the zero centre in front of the codebook of the other rows
     codes = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
     codes[~pinned] = rest.codes + 1
-    cost = rows[pinned].double().square().sum(1)  # (number pinned,)
+    cost = _columns(rows[pinned], 1.0).square_().sum(0)  # (number pinned,)
     cost = cost if weight is None else cost * weight[pinned]
     codebook = torch.cat([rest.codebook.new_zeros(1, rows.shape[1]), rest.codebook])  # (k, d)
     return Clustering(codebook, codes, rest.inertia + float(_total(cost)), rest.n_iter)
