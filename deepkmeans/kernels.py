@@ -9,7 +9,7 @@ __all__ = ['compare_all', 'compare_near', 'nearest_two', 'tree_order', 'make_tre
 # %% ../nbs/50_kernels.ipynb #imports
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from math import ceil, frexp, log2, sqrt
+from math import ceil, frexp, fsum, log, log2, sqrt
 
 import numpy as np
 import torch
@@ -1064,23 +1064,49 @@ def _cuts(table, middle, before, price):  # the cheapest cuts 0 = p₀ < p₁ < 
 def _halfway(low, high, step):  # halfway in powers of ten, as prices go over many of them
     return max(high / 10**min(2**step, 300), 5e-324) if low == 0 else sqrt(low) * sqrt(high)
 
+# %% ../nbs/50_kernels.ipynb #costs
+@_quick
+def _costs(table, middle, cuts):  # of each interval
+    costs = np.empty(len(cuts) - 1)
+    for i in range(len(costs)):
+        costs[i] = _interval(table, middle, cuts[i], cuts[i + 1])[3]
+    return costs
+
+# %% ../nbs/50_kernels.ipynb #tie
+def _tie(table, middle, coarse, fine):  # the price an interval at which both cost the same
+    # summed exactly, as most intervals stand in both
+    more = fsum(np.concatenate([_costs(table, middle, coarse), -_costs(table, middle, fine)]))
+    return more / (len(fine) - len(coarse))
+
+# %% ../nbs/50_kernels.ipynb #steepness
+def _steepness(before, after):  # the power of the count with which the price falls, from two prices and their counts
+    return min(30.0, max(0.5, log(after[0] / before[0]) / log(before[1] / after[1])))
+
 # %% ../nbs/50_kernels.ipynb #search-price
 def _search_price(sketch, k):  # cuts with at most k intervals, cuts with at least k
     n = len(sketch[0])
     high, low = _interval(*sketch[:2], 0, n)[3], 0.0
     coarse, fine = np.array([0, n]), np.arange(n + 1)
-    price = 3 * high / k**3
+    price, power, last = 3 * high / k**3, 3.0, None
     for step in range(200):
-        if step > 20 or not low < price < high:
+        if k in (len(coarse) - 1, len(fine) - 1):
+            break
+        if step >= 6:
+            price = _tie(*sketch[:2], coarse, fine) * (1 + (-1)**step * 2.0**-49)  # just above it, then just below
+        if step >= 40 or not low < price < high:
             price = _halfway(low, high, step)
-        if k in (len(coarse) - 1, len(fine) - 1) or not low < price < high:
+        if not low < price < high:
             break
         cuts = _cuts(*sketch, price)
-        if len(cuts) - 1 <= k:
+        count = len(cuts) - 1
+        if count <= k:
             coarse, high = cuts, price
-        if len(cuts) - 1 >= k:
+        if count >= k:
             fine, low = cuts, price
-        price *= ((len(cuts) - 1) / k)**3
+        if last and last[1] != count:
+            power = _steepness(last, (price, count))
+        last = price, count
+        price *= (count / k)**power
     return coarse, fine
 
 # %% ../nbs/50_kernels.ipynb #exact
