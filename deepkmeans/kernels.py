@@ -1066,7 +1066,7 @@ def _halfway(low, high, step):  # halfway in powers of ten, as prices go over ma
 
 # %% ../nbs/50_kernels.ipynb #costs
 @_quick
-def _costs(table, middle, cuts):  # of each interval
+def _spreads(table, middle, cuts):  # of each interval
     costs = np.empty(len(cuts) - 1)
     for i in range(len(costs)):
         costs[i] = _interval(table, middle, cuts[i], cuts[i + 1])[3]
@@ -1075,7 +1075,7 @@ def _costs(table, middle, cuts):  # of each interval
 # %% ../nbs/50_kernels.ipynb #tie
 def _tie(table, middle, coarse, fine):  # the price an interval at which both cost the same
     # summed exactly, as most intervals stand in both
-    more = fsum(np.concatenate([_costs(table, middle, coarse), -_costs(table, middle, fine)]))
+    more = fsum(np.concatenate([_spreads(table, middle, coarse), -_spreads(table, middle, fine)]))
     return more / (len(fine) - len(coarse))
 
 # %% ../nbs/50_kernels.ipynb #steepness
