@@ -14,7 +14,7 @@ import pytest
 import torch
 from sklearn.cluster import KMeans as Reference
 
-from deepkmeans import clustering
+from deepkmeans import clustering, kernels
 from deepkmeans.clustering import KMeans, encode, kmeans
 
 GENERAL = ("torch", "faiss", "tree")
@@ -38,6 +38,15 @@ def test_no_problem_made_to_break_the_engine_breaks_it():
 
 def test_no_problem_made_to_break_the_exact_clustering_breaks_it():
     assert attack_kmeans.attack(attack_kmeans.exact_problem, attack_kmeans.exact_fault, range(120)) == []
+
+
+def test_where_no_price_gives_the_wanted_number_of_clusters_few_are_tried(monkeypatch):
+    """4,096 whole numbers in 3,000 clusters are 1,096 pairs, each half of one from its middle; bisection took 50."""
+    tried, cuts = [], kernels._cuts
+    monkeypatch.setattr(kernels, "_cuts", lambda *arguments: tried.append(arguments) or cuts(*arguments))
+    found = kmeans(torch.arange(4096.0)[:, None], 3000, backend="exact")
+    assert found.inertia == 1096 / 2 and len(found.codebook) == 3000
+    assert len(tried) < 25
 
 
 # --- precision and range -------------------------------------------------------------------------------------------
