@@ -782,9 +782,18 @@ def _lloyd_sorted(x, weight, start, max_iter, stop, pool, mover):  # rows by cen
     back[members] = order[codes]
     return back, *ended
 
+# %% ../nbs/50_kernels.ipynb #to-row
+@_quick
+def _to_row(c, x, begin, end, near):  # near: squared distances of the rows from begin to end to row c
+    near[:end - begin] = 0
+    for j in range(x.shape[1]):  # a coordinate at a time, as x lies in memory
+        column, own = x[begin:end, j], x[c, j]
+        for i in range(end - begin):
+            near[i] += (column[i] - own) ** 2
+
 # %% ../nbs/50_kernels.ipynb #place
 @_quick
-def _place_centre(c, x, weight, square, low, high, top, mass, depth, stack, seen):  # put a centre at row c
+def _place_centre(c, x, near, weight, square, low, high, top, mass, depth, stack, seen):  # put a centre at row c
     n, leaves = len(x), 2**depth
     at = 0
     count = 0
@@ -802,11 +811,10 @@ def _place_centre(c, x, weight, square, low, high, top, mass, depth, stack, seen
             continue
         s = v - leaves + 1
         top[v], mass[v] = _ZERO, 0.0
-        for i in range((n * s) >> depth, (n * (s + 1)) >> depth):
-            new = _ZERO
-            for j in range(x.shape[1]):
-                new += (x[i, j] - x[c, j]) ** 2
-            square[i] = min(square[i], new)
+        begin, end = (n * s) >> depth, (n * (s + 1)) >> depth
+        _to_row(c, x, begin, end, near)
+        for i in range(begin, end):
+            square[i] = min(square[i], near[i - begin])
             top[v] = max(top[v], square[i])
             mass[v] += weight[i] * square[i]
     for v in seen[:count][::-1]:
@@ -815,7 +823,7 @@ def _place_centre(c, x, weight, square, low, high, top, mass, depth, stack, seen
 
 # %% ../nbs/50_kernels.ipynb #seed-visit
 @_quick
-def _gain(c, x, weight, square, low, high, top, depth, stack):
+def _gain(c, x, near, weight, square, low, high, top, depth, stack):
     # by how much a centre at row c would lower the potential
     n, leaves = len(x), 2**depth
     total = 0.0
@@ -831,12 +839,11 @@ def _gain(c, x, weight, square, low, high, top, depth, stack):
             at += 2
             continue
         s = v - leaves + 1
-        for i in range((n * s) >> depth, (n * (s + 1)) >> depth):
-            new = _ZERO
-            for j in range(x.shape[1]):
-                new += (x[i, j] - x[c, j]) ** 2
-            if new < square[i]:
-                total += weight[i] * (np.float64(square[i]) - new)
+        begin, end = (n * s) >> depth, (n * (s + 1)) >> depth
+        _to_row(c, x, begin, end, near)
+        for i in range(begin, end):
+            if near[i - begin] < square[i]:
+                total += weight[i] * (np.float64(square[i]) - near[i - begin])
     return total
 
 # %% ../nbs/50_kernels.ipynb #seed-draw
@@ -863,22 +870,22 @@ def _draw(u, weight, square, mass, depth):  # a row with probability proportiona
 @_quick
 def _choose(x, weight, first, draws, low, high, depth):
     square, top = np.full(len(x), _INF, np.float32), np.full(len(low), _INF, np.float32)
-    mass = np.zeros(len(low))
+    mass, near = np.zeros(len(low)), np.empty((len(x) >> depth) + 1, np.float32)
     stack, seen = np.empty(2**depth + 2, np.int64), np.empty(len(low), np.int64)
     chosen = np.empty(len(draws) + 1, np.int64)
     chosen[0] = first
-    _place_centre(first, x, weight, square, low, high, top, mass, depth, stack, seen)
+    _place_centre(first, x, near, weight, square, low, high, top, mass, depth, stack, seen)
     for t in range(len(draws)):
         if mass[0] <= 0:
             return chosen[:t + 1]
         best, most = -1, -1.0
         for u in draws[t]:
             i = _draw(u, weight, square, mass, depth)
-            gain = _gain(i, x, weight, square, low, high, top, depth, stack)
+            gain = _gain(i, x, near, weight, square, low, high, top, depth, stack)
             if gain > most:
                 best, most = i, gain
         chosen[t + 1] = best
-        _place_centre(best, x, weight, square, low, high, top, mass, depth, stack, seen)
+        _place_centre(best, x, near, weight, square, low, high, top, mass, depth, stack, seen)
     return chosen
 
 # %% ../nbs/50_kernels.ipynb #plusplus
@@ -896,7 +903,7 @@ def plusplus(
     cumulated = weight.cumsum()
     start = min(np.searchsorted(cumulated, first * cumulated[-1], side="right"), n - 1)
     _, low, high, _ = make_tree(x, depth, -(-n // 2**depth), np.zeros(n, np.bool_))
-    return order[_choose(x, weight, start, draws, low, high, depth)]
+    return order[_choose(np.asfortranarray(x), weight, start, draws, low, high, depth)]
 
 # %% ../nbs/50_kernels.ipynb #exact-pass
 _SOME = 16  # values in a block
