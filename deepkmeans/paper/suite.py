@@ -212,6 +212,13 @@ def _store_folder(out, again):
     out = Path(out).resolve()
     return out / "again" / time.strftime("%Y%m%d-%H%M%S") if again else out
 
+# %% ../../nbs/31_suite.ipynb #failed-runs
+def _failed_runs(executed):  # how many runs an executed notebook says to have failed, in words; empty for none
+    cells = json.loads(Path(executed).read_text())["cells"]
+    said = "".join("".join(output.get("text", ())) for cell in cells for output in cell.get("outputs", ()))
+    failed = sum(line.startswith("failed: ") for line in said.splitlines())
+    return f"{failed} of its runs failed" if failed else ""
+
 # %% ../../nbs/31_suite.ipynb #reproduce
 def reproduce(
     name: str, # one of REPRODUCIBLE, a notebook of nbs/paper without its ending, or "all"
@@ -230,7 +237,8 @@ def reproduce(
     Runs that the store or the committed records hold count as done. Those that are missing are made, and the notebook
     says how many before it begins. With `again` all runs are made, in a store of their own, `out/again/<time>`.
 
-    Raises `UserError` for an unknown name or protocol and, after all were tried, for notebooks that failed.
+    Raises `UserError` for an unknown name or protocol and, after all were tried, for notebooks that failed or have runs
+    that did.
     """
     check_protocol(protocol)
     notebooks = _paper_notebooks(repository(root), name)
@@ -239,7 +247,10 @@ def reproduce(
     if seeds or protocol == "smoke":
         given["seeds"] = seeds or 1
     executed = {stem: Path(out) / "paper" / f"{stem}_{protocol}.ipynb" for stem in notebooks}
-    failures = {stem: execute(path, executed[stem], given, show) for stem, path in notebooks.items()}
+    failures = {
+        stem: execute(path, executed[stem], given, show) or _failed_runs(executed[stem])
+        for stem, path in notebooks.items()
+    }
     if any(failures.values()):
         raise UserError("; ".join(f"{executed[stem]}: {why}" for stem, why in failures.items() if why))
     return executed
