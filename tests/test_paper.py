@@ -285,7 +285,7 @@ def test_a_line_of_the_readme_names_the_best_rival_that_is_as_small(readme, tmp_
     shown = readme.Shown("Table 4", "made_up", "cpu", "GoogLeNet", 4)
     about = "GoogLeNet, digits, 80.0 %, cpu"
     ours = ["-50.00 (-48.95)", "-0.70 (-1.95)", "not run"]
-    assert readme._line(tmp_path, shown) == ["Table 4", about, "4", "3.95", *ours, "-3.00, low-rank at 4.1"]
+    assert readme._line(tmp_path, shown) == ["Table 4", about, "4", "3.95", *ours, "-3.00, low-rank at 4.1", "`b`"]
     wanted = shown._replace(title="Table 4, wanted ratio", network="the same", kind=", wanted ratio")
     assert readme._line(tmp_path, wanted)[2:7] == ["–", "4", "–", "-0.10", "–"]
 
