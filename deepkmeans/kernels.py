@@ -1071,7 +1071,7 @@ def _cuts(table, middle, before, price):  # the cheapest cuts 0 = p₀ < p₁ < 
 def _halfway(low, high, step):  # halfway in powers of ten, as prices go over many of them
     return max(high / 10**min(2**step, 300), 5e-324) if low == 0 else sqrt(low) * sqrt(high)
 
-# %% ../nbs/50_kernels.ipynb #costs
+# %% ../nbs/50_kernels.ipynb #spreads
 @_quick
 def _spreads(table, middle, cuts):  # of each interval
     costs = np.empty(len(cuts) - 1)
