@@ -46,7 +46,7 @@ def decode(
 # %% ../nbs/01_clustering.ipynb #space
 WORKSPACE = 2**27 # bytes; the largest temporary of a search
 CACHE = 2**22 # bytes; on a CPU a temporary should stay in its cache
-IN_MEMORY = 2**30 # bytes; rows that take more than this, with bounds and copies, are streamed
+IN_MEMORY = 2**30 # bytes; rows that take more than this, with copies, are streamed
 _FAR = 1e18 # the searches see no coordinate beyond this: never the nearest, and its square is finite
 
 
@@ -518,7 +518,8 @@ def _lloyd(space, k, start, max_iter, tol, backend):
 # %% ../nbs/01_clustering.ipynb #too-fine
 _LOOKED_AT = 64  # rows, to see how they will do
 _FINE = 2.0**-16  # nearness below which rounding to float32 shows
-_COARSE = 2.0**-8  # nearness below which rounding of products shows
+_SHORT = 6  # numbers in a row up to which the loop compares by differences
+_COARSE = 2.0**-8  # nearness below which rounding of products, of longer rows, shows
 _VANISHING = 1e-18  # of the largest row: distances whose squares float32 does not hold
 
 
@@ -535,8 +536,8 @@ def _lloyd_tree(space, k, start, max_iter, tol, backend):
 
     x = space.units(space.rows)  # (n, d)
     nearness = _nearness(space, start)
-    if nearness < _FINE:
-        return _lloyd(space, k, start, max_iter, tol, "direct")
+    if nearness < (_FINE if x.shape[1] <= _SHORT else _COARSE):
+        return _lloyd(space, k, start, max_iter, tol, "tree")
     weight = None if space.weight is None else space.weight.numpy()
     codebook = start
     n_iter = 0
@@ -544,7 +545,7 @@ def _lloyd_tree(space, k, start, max_iter, tol, backend):
     while not done:
         start = space.seen(codebook).double().numpy()  # (k, d)
         ends = max_iter - n_iter, tol * space.spread
-        codes, updates, done = lloyd(x.numpy(), weight, start, *ends, nearness > _COARSE)
+        codes, updates, done = lloyd(x.numpy(), weight, start, *ends)
         codebook, codes, _ = _update(space, torch.from_numpy(codes), len(codebook) if n_iter else k)
         n_iter += updates + (not done)
         done = done or n_iter == max_iter
@@ -552,7 +553,7 @@ def _lloyd_tree(space, k, start, max_iter, tol, backend):
 
 # %% ../nbs/01_clustering.ipynb #lloyd-exact
 def _exact(space, k):
-    from deepkmeans.kernels import exact
+    from deepkmeans.intervals import exact
 
     weight = None if space.weight is None else space.weight.cpu().numpy()
     codes = exact(space.scaled(space.rows)[:, 0].cpu().numpy(), weight, k)  # (n,)
@@ -642,7 +643,7 @@ def _seed_plusplus(space, k, generator):
     n, x = len(space.rows), space.units(space.rows)  # (n, d)
     first, draws = _uniform(generator, 1), _uniform(generator, k - 1, 2 + int(log(k)))
     if n * k >= 2**20 and _available("numba"):
-        from deepkmeans.kernels import plusplus
+        from deepkmeans.seeding import plusplus
 
         weight = None if space.weight is None else space.weight.cpu().numpy()
         chosen = plusplus(x.cpu().numpy(), weight, float(first), draws.numpy())

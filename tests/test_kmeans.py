@@ -90,7 +90,7 @@ def test_against_scikit_learn(backend, n, d, k):
 
 
 @pytest.mark.parametrize("k", [5, 40, 700])
-def test_bounds_change_nothing(k):
+def test_near_centres_are_enough(k):
     """Each iteration of the tree ends where exhaustive search does."""
     rows = normal(5000, 3)
     for iterations in (2, 3, 6, 15):

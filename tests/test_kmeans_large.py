@@ -107,14 +107,14 @@ def test_two_processes_find_what_one_finds(tmp_path):
         assert (torch.cat([codes, others]) == alone.codes).all() and inertia == pytest.approx(alone.inertia)
 
 
-@pytest.mark.parametrize("n, d, k", [(5000, 1, 3), (5000, 3, 40), (700, 5, 300), (513, 11, 20)])
-def test_comparing_all_centres_or_few_is_the_same(monkeypatch, n, d, k):
+@pytest.mark.parametrize("n, d, k", [(5000, 1, 3), (5000, 3, 40), (700, 5, 300), (40000, 2, 3000), (5000, 6, 100)])
+def test_comparing_all_centres_or_near_ones_is_the_same(n, d, k):
     x = np.random.default_rng(0).standard_normal((n, d)).astype(np.float32)
-    found = []
-    for few in (True, False):
-        monkeypatch.setattr(kernels, "_few", lambda k, d: few)
-        found.append(kernels.lloyd(x, None, x[:k].astype(float), 50, 0.0))
-    assert (found[0][0] == found[1][0]).all() and found[0][1:] == found[1][1:]
+    start = x[:k].astype(float)
+    (codes, *ended), (others, *others_ended) = (
+        how(x, np.empty(0), start, 50, 0.0, None) for how in (kernels._lloyd_all, kernels._lloyd_near)
+    )
+    assert (codes == others).all() and ended == others_ended
 
 
 DISAGREEING = """

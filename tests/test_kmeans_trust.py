@@ -14,7 +14,7 @@ import pytest
 import torch
 from sklearn.cluster import KMeans as Reference
 
-from deepkmeans import clustering, kernels
+from deepkmeans import clustering, intervals
 from deepkmeans.clustering import KMeans, encode, kmeans
 
 GENERAL = ("torch", "faiss", "tree")
@@ -42,8 +42,8 @@ def test_no_problem_made_to_break_the_exact_clustering_breaks_it():
 
 def test_where_no_price_gives_the_wanted_number_of_clusters_few_are_tried(monkeypatch):
     """4,096 whole numbers in 3,000 clusters are 1,096 pairs, each half of one from its middle; bisection took 50."""
-    tried, cuts = [], kernels._cuts
-    monkeypatch.setattr(kernels, "_cuts", lambda *arguments: tried.append(arguments) or cuts(*arguments))
+    tried, cuts = [], intervals._cuts
+    monkeypatch.setattr(intervals, "_cuts", lambda *arguments: tried.append(arguments) or cuts(*arguments))
     found = kmeans(torch.arange(4096.0)[:, None], 3000, backend="exact")
     assert found.inertia == 1096 / 2 and len(found.codebook) == 3000
     assert len(tried) < 25
@@ -403,7 +403,7 @@ for kind in vars(caching).values():
 with warnings.catch_warnings(record=True) as seen:
     warnings.simplefilter("always")
     import deepkmeans.kernels as kernels, numpy as np
-    order = kernels.group(np.array([1, 0, 1]), 2, 9)[0].tolist()
+    order = kernels.group(np.array([1, 0, 1]), 2).tolist()
     print(len(seen) > 0, "NUMBA_CACHE_DIR" in str(seen[0].message), order)
 """
 

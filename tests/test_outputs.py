@@ -26,6 +26,8 @@ SLOW = {  # why the outputs of a notebook are not compared
     "31_suite": "starts kernels",
     "40_cli": "starts processes",
     "50_kernels": "compiles",
+    "52_seeding": "compiles",
+    "53_intervals": "compiles",
     "51_triton_kernels": "needs a GPU",
     "baseline": "a job, whose output says where its run lies",
     "benchmarks": "measures times",

@@ -21,7 +21,7 @@ from deepkmeans.clustering import KMeans as Ours
 
 NAME = "sklearn.cluster.tests.test_k_means"
 pytest.importorskip(NAME, reason="this installation of scikit-learn has no tests", exc_type=ImportError)
-BACKENDS = {"lloyd": "torch", "elkan": "tree"}  # the two that must agree; the second has bounds, as Elkan's
+BACKENDS = {"lloyd": "torch", "elkan": "tree"}  # the two that must agree; the second compares with near centres only
 SKIPPED = list(csv.DictReader((Path(__file__).parent / "sklearn_k_means_skipped.csv").read_text().splitlines()))
 
 
