@@ -10,10 +10,10 @@ from math import ceil, log2
 
 import numpy as np
 
-from .kernels import _INF, _ZERO, _box, _quick, make_tree, tree_order
+from .kernels import _INF, _ZERO, _box, _quick, _strict, make_tree, tree_order
 
 # %% ../nbs/52_seeding.ipynb #to-row
-@_quick
+@_strict
 def _to_row(c, x, begin, end, near):  # near: squared distances of the rows from begin to end to row c
     near[:end - begin] = 0
     for j in range(x.shape[1]):  # a coordinate at a time, as x lies in memory
@@ -21,59 +21,58 @@ def _to_row(c, x, begin, end, near):  # near: squared distances of the rows from
         for i in range(end - begin):
             near[i] += (column[i] - own) ** 2
 
-# %% ../nbs/52_seeding.ipynb #place
+# %% ../nbs/52_seeding.ipynb #leaves-near
 @_quick
-def _place_centre(c, x, near, weight, square, low, high, top, mass, depth, stack, seen):  # put a centre at row c
-    n, leaves = len(x), 2**depth
-    at = 0
-    count = 0
-    stack[0] = 0
+def _leaves_near(c, x, low, high, top, depth, stack, found):
+    # the leaves with rows that a centre at row c may be nearer to than theirs: how many, and which
+    v = 2**depth - 1 + ((c + 1) * 2**depth - 1) // len(x)
+    at = count = 0
+    stack[0] = v
+    while v > 0:  # what hangs beside the way from its own leaf to the root
+        at += 1
+        stack[at] = v + 1 if v % 2 else v - 1
+        v = (v - 1) // 2
     while at >= 0:
         v = stack[at]
         at -= 1
         if _box(x, c, low, high, v) >= top[v]:
             continue
-        seen[count] = v
-        count += 1
-        if v < leaves - 1:
+        if v < 2**depth - 1:
             stack[at + 1], stack[at + 2] = 2 * v + 2, 2 * v + 1
             at += 2
-            continue
-        s = v - leaves + 1
-        top[v], mass[v] = _ZERO, 0.0
-        begin, end = (n * s) >> depth, (n * (s + 1)) >> depth
+        else:
+            found[count] = v - 2**depth + 1
+            count += 1
+    return count
+
+# %% ../nbs/52_seeding.ipynb #place
+@_quick
+def _place_centre(c, x, near, weight, square, low, high, top, mass, depth, stack, found):  # put a centre at row c
+    for s in found[:_leaves_near(c, x, low, high, top, depth, stack, found)]:
+        begin, end = (len(x) * s) >> depth, (len(x) * (s + 1)) >> depth
         _to_row(c, x, begin, end, near)
+        v = 2**depth - 1 + s
+        top[v], mass[v] = _ZERO, 0.0
         for i in range(begin, end):
             square[i] = min(square[i], near[i - begin])
             top[v] = max(top[v], square[i])
             mass[v] += weight[i] * square[i]
-    for v in seen[:count][::-1]:
-        if v < leaves - 1:
+        while v > 0:
+            v = (v - 1) // 2
             top[v], mass[v] = max(top[2 * v + 1], top[2 * v + 2]), mass[2 * v + 1] + mass[2 * v + 2]
 
 # %% ../nbs/52_seeding.ipynb #seed-visit
 @_quick
-def _gain(c, x, near, weight, square, low, high, top, depth, stack):
+def _gain(c, x, near, weight, square, low, high, top, depth, stack, found):
     # by how much a centre at row c would lower the potential
-    n, leaves = len(x), 2**depth
     total = 0.0
-    at = 0
-    stack[0] = 0
-    while at >= 0:
-        v = stack[at]
-        at -= 1
-        if _box(x, c, low, high, v) >= top[v]:
-            continue
-        if v < leaves - 1:
-            stack[at + 1], stack[at + 2] = 2 * v + 2, 2 * v + 1
-            at += 2
-            continue
-        s = v - leaves + 1
-        begin, end = (n * s) >> depth, (n * (s + 1)) >> depth
+    for s in found[:_leaves_near(c, x, low, high, top, depth, stack, found)]:
+        begin, end = (len(x) * s) >> depth, (len(x) * (s + 1)) >> depth
         _to_row(c, x, begin, end, near)
-        for i in range(begin, end):
-            if near[i - begin] < square[i]:
-                total += weight[i] * (np.float64(square[i]) - near[i - begin])
+        own, w = square[begin:end], weight[begin:end]
+        for i in range(end - begin):
+            gap = np.float64(own[i]) - near[i]
+            total += w[i] * (gap if gap > 0 else 0.0)
     return total
 
 # %% ../nbs/52_seeding.ipynb #seed-draw
@@ -101,21 +100,21 @@ def _draw(u, weight, square, mass, depth):  # a row with probability proportiona
 def _choose(x, weight, first, draws, low, high, depth):
     square, top = np.full(len(x), _INF, np.float32), np.full(len(low), _INF, np.float32)
     mass, near = np.zeros(len(low)), np.empty((len(x) >> depth) + 1, np.float32)
-    stack, seen = np.empty(2**depth + 2, np.int64), np.empty(len(low), np.int64)
+    stack, found = np.empty(2**depth + depth + 1, np.int64), np.empty(2**depth, np.int64)
     chosen = np.empty(len(draws) + 1, np.int64)
     chosen[0] = first
-    _place_centre(first, x, near, weight, square, low, high, top, mass, depth, stack, seen)
+    _place_centre(first, x, near, weight, square, low, high, top, mass, depth, stack, found)
     for t in range(len(draws)):
         if mass[0] <= 0:
             return chosen[:t + 1]
         best, most = -1, -1.0
         for u in draws[t]:
             i = _draw(u, weight, square, mass, depth)
-            gain = _gain(i, x, near, weight, square, low, high, top, depth, stack)
+            gain = _gain(i, x, near, weight, square, low, high, top, depth, stack, found)
             if gain > most:
                 best, most = i, gain
         chosen[t + 1] = best
-        _place_centre(best, x, near, weight, square, low, high, top, mass, depth, stack, seen)
+        _place_centre(best, x, near, weight, square, low, high, top, mass, depth, stack, found)
     return chosen
 
 # %% ../nbs/52_seeding.ipynb #plusplus
