@@ -164,6 +164,19 @@ def compare_all(
             if which[r] != own and (own < 0 or _nearer(x, first + r, means, which[r], own)):
                 codes[first + r] = which[r]
 
+# %% ../nbs/50_kernels.ipynb #all-mover
+class _All:  # compares blocks of rows with all centres
+    def __init__(self, x, codes, pool):
+        self.x = x
+        self.codes = codes
+        self.pool = pool
+        self.blocks = _blocks(x)
+
+    def __call__(self, means):
+        coordinates = _coordinates(means.shape[1])
+        _parallel(self.pool, compare_all, len(self.blocks), self.blocks, self.x, means, _in_fours(means), coordinates,
+                  self.codes)
+
 # %% ../nbs/50_kernels.ipynb #reach
 @_inline
 def _reach(x, begin, end, across, codes, coordinates):  # the largest squared distance of these rows to their centres
@@ -539,10 +552,6 @@ def _in_tree(centres):  # from rows and a pool to (n, 2) and (n,)
 def _few(k, d):  # measured over 15 and 60 iterations
     return k <= 1000 * d and d <= 128
 
-# %% ../nbs/50_kernels.ipynb #search-kind
-def _search(centres):  # from rows and a pool to (n, 2) and (n,)
-    return _among_all(centres) if _few(*centres.shape) else _in_tree(centres)
-
 # %% ../nbs/50_kernels.ipynb #make-search
 def make_search(
     centres: np.ndarray, # (k, d) float32
@@ -551,7 +560,7 @@ def make_search(
 
     The other is the second nearest wherever the two are about equally near.
     """
-    find = _search(centres)
+    find = _among_all(centres) if _few(*centres.shape) else _in_tree(centres)
 
     def search(x):
         with _Pool(x, centres) as pool:
@@ -607,12 +616,8 @@ def lloyd(
 
 # %% ../nbs/50_kernels.ipynb #lloyd-few
 def _lloyd_all(x, weight, means, max_iter, stop, pool):
-    blocks, codes = _blocks(x), np.full(len(x), -1)  # (n/_BLOCK, d, _BLOCK), (n,)
-    coordinates = _coordinates(x.shape[1])
-
-    def move(means):
-        _parallel(pool, compare_all, len(blocks), blocks, x, means, _in_fours(means), coordinates, codes)
-
+    codes = np.full(len(x), -1)  # (n,)
+    move = _All(x, codes, pool)
     move(means)
     return codes, *_iterate(x, weight, means, codes, max_iter, stop, move)
 
@@ -634,9 +639,13 @@ def group(
 
 # %% ../nbs/50_kernels.ipynb #lloyd-many
 def _lloyd_near(x, weight, start, max_iter, stop, pool):  # rows by centres, these as in a tree
-    k, centres = len(start), start.astype(np.float32)
+    k, centres, codes = len(start), start.astype(np.float32), np.full(len(x), -1)  # (n,)
+    if _few(*start.shape):
+        _All(x, codes, pool)(start)
+    else:
+        codes = _in_tree(centres)(x, pool)[0][:, 0]
     order = tree_order(centres, _depth(k, _LEAF))  # (k,)
-    codes = order.argsort()[_search(centres)(x, pool)[0][:, 0]]  # (n,)
+    codes = order.argsort()[codes]
     members = group(codes, k)
     x, codes = x[members], codes[members]
     weight = weight[members] if len(weight) else weight
