@@ -423,6 +423,20 @@ def test_a_record_may_name_anything_as_its_checkpoint(checkpoint, tmp_path):
         assert store.lookup(job, [start], [tmp_path])[0]["id"] == "started"
 
 
+def test_a_run_that_diverges_has_a_record_that_says_so_and_is_not_made_again(root, tmp_path, capsys):
+    line = tables.Line("Deep k-Means", 8, "retrain", FEW | dict(lr=1e12), "shared")
+    job, runs = root / "nbs" / "retrain.ipynb", [line.run(0)]
+    suite.run(job, runs, out=tmp_path, progress=False)
+    (executed,) = (tmp_path / "notebooks").glob("*.ipynb")
+    made_at = executed.stat().st_mtime_ns
+    found = suite.run(job, runs, out=tmp_path, progress=False)
+    assert executed.stat().st_mtime_ns == made_at and "failed" not in capsys.readouterr().out
+    assert "lr=1000000000000" in found["notes.diverged"].item()
+    assert "stages.wr.top1" in found and "stages.shared.top1" not in found
+    compared = tables.compare([line], 1, store.paper_numbers("table1"), [tmp_path], root)
+    assert compared.ours.item() == "1 diverged"
+
+
 def test_repeated_runs_start_from_one_baseline_and_differ_afterwards(root, tmp_path):
     line = tables.Line("Deep k-Means", 8, "retrain", FEW, "shared", repeated="repeat")
     runs = suite.run(root / "nbs" / "retrain.ipynb", [line.run(i) for i in range(2)], out=tmp_path, progress=False)

@@ -135,7 +135,7 @@ def _watch(futures, found, bar):  # {future: (executed notebook, its parameter s
         for future in done:
             executed, group = futures[future]
             message = _message(future)
-            if message or None in found(group):
+            if None in found(group):
                 failures.append(f"{executed}: {message or 'it wrote no record'}")
         running = sum(future.running() for future in waiting)
         bar.set_postfix(running=running, failed=len(failures), refresh=False)

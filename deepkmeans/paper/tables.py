@@ -239,8 +239,8 @@ def keep_network(
     kept = table.path("network", network=name)
     if given["save"] and given["protocol"] != "smoke" and made.is_file():
         write_file(kept, made.read_bytes())
-    if record and kept.exists():
-        reached = f"{record['stages']['shared']['top1']:.2f} % of the {record['dataset']['test']:,} test images"
+    if kept.exists() and record and line.stage in record["stages"]:
+        reached = f"{record['stages'][line.stage]['top1']:.2f} % of the {record['dataset']['test']:,} test images"
         print(f"{kept.name}: {kept.stat().st_size:,} bytes, {reached}")
 
 # %% ../../nbs/32_tables.ipynb #compared
