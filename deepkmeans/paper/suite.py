@@ -215,7 +215,8 @@ def _store_folder(out, again):
 # %% ../../nbs/31_suite.ipynb #failed-runs
 def _failed_runs(executed):  # how many runs an executed notebook says to have failed, in words; empty for none
     cells = json.loads(Path(executed).read_text())["cells"]
-    said = "".join("".join(output.get("text", ())) for cell in cells for output in cell.get("outputs", ()))
+    outputs = [output for cell in cells for output in cell.get("outputs", ())]
+    said = "".join("".join(output["text"]) for output in outputs if output.get("name") == "stdout")  # without the bar
     failed = sum(line.startswith("failed: ") for line in said.splitlines())
     return f"{failed} of its runs failed" if failed else ""
 
