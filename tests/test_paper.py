@@ -10,6 +10,7 @@ import sys
 import time
 
 import nbformat
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -338,6 +339,20 @@ def test_a_table_is_drawn_from_the_committed_records_alone(root, tmp_path):
     lines = (clone / "figures" / "table3_wide_resnet_full.csv").read_text().splitlines()
     committed = (root / "figures" / "table3_wide_resnet_full.csv").read_text().splitlines()
     assert lines == committed and lines[0].endswith(",run")
+
+
+def test_what_the_benchmark_keeps_stays_another_machine_s(root, tmp_path):
+    """With `only`, the kept lines were given the processor of the new ones."""
+    for folder in ("nbs/paper", "figures"):
+        (tmp_path / folder).mkdir(parents=True)
+    path = tmp_path / "figures" / "benchmarks_cpu.csv"
+    pd.read_csv(root / "figures" / path.name).assign(processor="another").to_csv(path, index=False)
+    what = dict(execute=True, only="LeNet-5 conv1", repeats=1, threads=1, root=str(tmp_path))
+    assert not suite.execute(root / "nbs" / "benchmarks.ipynb", tmp_path / "executed.ipynb", what)
+    table = pd.read_csv(path)
+    new = table.layer == "LeNet-5 conv1"
+    assert set(table[~new].processor) == {"another"} and "another" not in set(table[new].processor)
+    assert "another" in (tmp_path / "executed.ipynb").read_text()
 
 
 def test_again_leaves_the_committed_records_out(root, tmp_path):
