@@ -583,11 +583,14 @@ def test_names_cost_time_in_proportion_and_have_a_bound(tmp_path):
 
         return forged(change)
 
-    for n in (MAX_NAMES // 8, MAX_NAMES // 2 - 8):
-        path.write_bytes(crowd(n))
+    def once():
         start = time.process_time()
         decompress(path)
-        seconds.append(time.process_time() - start)
+        return time.process_time() - start
+
+    for n in (MAX_NAMES // 8, MAX_NAMES // 2 - 8):
+        path.write_bytes(crowd(n))
+        seconds.append(min(once() for _ in range(3)))  # one of them without a collection of garbage
     assert seconds[1] < 12 * seconds[0] and seconds[1] < 2
     path.write_bytes(crowd(MAX_NAMES // 2))
     with pytest.raises(CompressedFileError, match=f"at most {MAX_NAMES:,}"):

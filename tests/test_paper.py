@@ -177,8 +177,8 @@ def test_table_1_at_smoke(root, tmp_path):
 
 
 def test_a_table_whose_runs_fail_is_shown_and_is_an_error(root, tmp_path):
-    (tmp_path / "baselines").write_text("a file where the networks are to lie")  # two of the five lines share a run
-    with pytest.raises(store.UserError, match="table1_tt_conv_cnn_smoke.ipynb: 4 of its runs failed"):
+    (tmp_path / "baselines").write_text("a file where the networks are to lie")
+    with pytest.raises(store.UserError, match="table1_tt_conv_cnn_smoke.ipynb: 5 of its runs failed"):
         suite.reproduce("table1", "smoke", out=tmp_path, root=root, show=False)
     assert "0 of 5 runs are there" in (tmp_path / "paper" / "table1_tt_conv_cnn_smoke.ipynb").read_text()
 
