@@ -518,7 +518,6 @@ def _lloyd(space, k, start, max_iter, tol, backend):
 # %% ../nbs/01_clustering.ipynb #too-fine
 _LOOKED_AT = 64  # rows, to see how they will do
 _FINE = 2.0**-16  # nearness below which rounding to float32 shows
-_SHORT = 6  # numbers in a row up to which the loop compares by differences
 _COARSE = 2.0**-8  # nearness below which rounding of products, of longer rows, shows
 _VANISHING = 1e-18  # of the largest row: distances whose squares float32 does not hold
 
@@ -532,7 +531,7 @@ def _nearness(space, centres):  # of rows to their centres, in shares of their n
 
 # %% ../nbs/01_clustering.ipynb #lloyd-tree
 def _lloyd_tree(space, k, start, max_iter, tol, backend):
-    from deepkmeans.kernels import lloyd
+    from deepkmeans.kernels import _SHORT, lloyd
 
     x = space.units(space.rows)  # (n, d)
     nearness = _nearness(space, start)

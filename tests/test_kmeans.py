@@ -99,6 +99,16 @@ def test_near_centres_are_enough(k):
         torch.testing.assert_close(a.codebook, b.codebook)
 
 
+@pytest.mark.parametrize("spread", [1.0, 2.0**-10, 2.0**-14])
+def test_long_rows_near_their_centres_end_where_exhaustive_search_does(spread):
+    """The products by which the tree compares long rows round more coarsely than such rows are apart."""
+    rows = normal(30, 9).repeat(100, 1) + spread * normal(3000, 9, 1)
+    for iterations in (2, 5, 20):
+        how = dict(init=rows[:60], tol=0, max_iter=iterations)
+        a, b = (kmeans(rows, 60, backend=name, **how) for name in ("tree", "torch"))
+        assert (a.codes == b.codes).all() and a.n_iter == b.n_iter
+
+
 def test_the_fit_ends_at_nearest_centres():
     rows = normal(3000, 3)
     for backend in GENERAL:

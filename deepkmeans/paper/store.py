@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PLACES', 'NETWORKS', 'PROTOCOLS', 'UserError', 'user_errors', 'given_parameters', 'run_id', 'baseline_file',
-           'environment', 'save_record', 'read_records', 'pack_records', 'keep_records', 'notebook_parameters',
-           'complete_parameters', 'lookup', 'collect', 'paper_numbers', 'repository', 'check_protocol', 'budget',
-           'figure_path', 'places']
+           'environment', 'save_record', 'read_records', 'pack_records', 'keep_records', 'diverged',
+           'notebook_parameters', 'complete_parameters', 'lookup', 'collect', 'paper_numbers', 'repository',
+           'check_protocol', 'budget', 'figure_path', 'places']
 
 # %% ../../nbs/30_store.ipynb #imports
 import hashlib
@@ -235,6 +235,13 @@ def keep_records(
     ids = {record["id"] for record in records}
     others = [record for record in read_records(path) if record.get("id") not in ids]
     pack_records([*records, *others], path)
+
+# %% ../../nbs/30_store.ipynb #diverged
+def diverged(
+    record: dict, # of a run
+) -> bool:
+    """Does the record say that the training of its run diverged?"""
+    return "diverged" in record.get("notes", {})
 
 # %% ../../nbs/30_store.ipynb #notebook-parameters
 def notebook_parameters(

@@ -19,7 +19,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from deepkmeans.paper.store import (
-    UserError, check_protocol, collect, complete_parameters, lookup, notebook_parameters, repository, run_id,
+    UserError, check_protocol, collect, complete_parameters, diverged, lookup, notebook_parameters, repository, run_id,
 )
 
 # %% ../../nbs/31_suite.ipynb #child-script
@@ -135,7 +135,8 @@ def _watch(futures, found, bar):  # {future: (executed notebook, its parameter s
         for future in done:
             executed, group = futures[future]
             message = _message(future)
-            if None in found(group):
+            records = found(group)
+            if None in records or message and not all(map(diverged, records)):
                 failures.append(f"{executed}: {message or 'it wrote no record'}")
         running = sum(future.running() for future in waiting)
         bar.set_postfix(running=running, failed=len(failures), refresh=False)
