@@ -116,7 +116,22 @@ def test_a_kernel_that_does_not_come_up_gets_another_try(small, tmp_path, monkey
     )
 
 
+INTERRUPTED = """
+session = get_ipython().kernel.session
+send = session.send
+def send_and_interrupt(stream, message, *given, **more):
+    sent = send(stream, message, *given, **more)
+    if message == "execute_reply":
+        raise KeyboardInterrupt
+    return sent
+session.send = send_and_interrupt
+"""
+
+
 def test_what_a_user_watches_is_the_notebook_s_own_output(small, tmp_path, capfd):
+    book = nbformat.read(small, 4)
+    book.cells.append(nbformat.v4.new_code_cell(INTERRUPTED))  # as a kernel is that is to end
+    nbformat.write(book, small)
     assert suite.execute(small, tmp_path / "executed.ipynb", dict(x=2, out=str(tmp_path)), show=True) == ""
     shown = capfd.readouterr()
     assert (shown.out, shown.err) == ("", "")  # newer kernels warn of their transport on stderr

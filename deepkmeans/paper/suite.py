@@ -36,6 +36,7 @@ class Lines:  # stderr without bars, which only a terminal can draw
             sys.stderr.write(text)
 given = dict(parameters=json.loads(parameters), progress_bar=False)
 given["config"] = Config(KernelManager={"transport_encryption": "auto"})  # unencrypted, new kernels warn at each start
+given["extra_arguments"] = ["--log-level=CRITICAL"]  # it ends by an interrupt, which it may call an error
 shown = dict(stdout_file=sys.stdout, stderr_file=sys.stderr if sys.stderr.isatty() else Lines()) if show else {}
 for left in (2, 1, 0):
     try:
