@@ -181,11 +181,16 @@ def _search_faiss(codebook, top):
     return lambda queries: torch.from_numpy(faiss.knn(queries.numpy(), centres, top)[1])  # (m, top)
 
 # %% ../nbs/01_clustering.ipynb #search-tree
-def _search_tree(codebook):  # to proposals (m, 2), and for which rows the first is known to be the nearest (m,)
+def _search_tree(codebook):
+    # from queries and codes to begin with to proposals (m, 2), and for which the first is known to be the nearest (m,)
     from deepkmeans.kernels import make_search
 
-    search = make_search(codebook.numpy())
-    return lambda queries: tuple(map(torch.from_numpy, search(queries.numpy())))
+    find = make_search(codebook.numpy())
+
+    def search(queries, codes=None):
+        begin = None if codes is None else codes.numpy()
+        return tuple(map(torch.from_numpy, find(queries.numpy(), begin)))
+    return search
 
 # %% ../nbs/01_clustering.ipynb #own-folder
 def _own_folder(path):  # in a place where others may write too: what is compiled there is run
@@ -336,17 +341,18 @@ def _ladder(name, codebook):  # the back ends that are asked one after the other
 
 # %% ../nbs/01_clustering.ipynb #finder
 def _finder(space, codebook, name, top=2):
-    # from rows (m, d), as they came in, to proposals (m, top), and of which rows the first is known to be right (m,)
+    # from rows (m, d), as they came in, and codes to begin with or none to proposals (m, top), and of which rows the
+    # first is known to be right (m,)
     sure = {"line": _search_line, "direct": _search_direct}
     if name in sure:
         search = sure[name](codebook)
-        return lambda rows: (search(space.scaled(rows)), None)
+        return lambda rows, codes: (search(space.scaled(rows)), None)
     centres = space.seen(codebook)
     if name == "tree":
         search = _search_tree(centres)
-        return lambda rows: search(space.units(rows))
+        return lambda rows, codes: search(space.units(rows), codes)
     search = _SEARCH[name](centres, min(top, len(codebook)))
-    return lambda rows: (search(space.units(rows)), None)
+    return lambda rows, codes: (search(space.units(rows)), None)
 
 # %% ../nbs/01_clustering.ipynb #assign-best
 def _best(space, codebook, rows, proposals, codes=None):
@@ -363,7 +369,7 @@ def _assign(space, codebook, name, codes):  # codes (n,) that are at least as ne
     find, nearest = _finder(space, codebook, name, 1), torch.empty_like(codes)
     for a, b in _chunks(space.rows):
         rows = space.rows[a:b]
-        nearest[a:b], _, _ = _best(space, codebook, rows, find(rows)[0], codes[a:b])
+        nearest[a:b], _, _ = _best(space, codebook, rows, find(rows, codes[a:b])[0], codes[a:b])
     return nearest
 
 # %% ../nbs/01_clustering.ipynb #assign-nearest
@@ -381,9 +387,10 @@ def _nearest(space, codebook, backend, codes=None):
         size = _chunk(space.rows, 8 * CACHE if name == "tree" else CACHE)  # that one has threads and blocks of its own
         for a in range(0, len(undecided), size):
             part = undecided[a:a + size]  # (m,)
-            proposals, certain = find(space.rows[a:a + size] if whole else space.rows[part])
+            here = slice(a, a + size) if whole else part
+            proposals, certain = find(space.rows[here], None if codes is None else codes[here])
             if certain is not None:
-                nearest[part] = proposals[:, 0]
+                nearest[here] = proposals[:, 0]
                 part, proposals = part[~certain], proposals[~certain]
             if not len(part):
                 continue
