@@ -62,6 +62,24 @@ def _chunks(rows):
 def _total(values):  # over the last axis, in an order that does not depend on the number of threads
     return values.sum(-1) if values.is_cuda else torch.from_numpy(np.asarray(values.numpy().sum(-1)))
 
+# %% ../nbs/01_clustering.ipynb #compiles
+@lru_cache(None)
+def _available(package):
+    return find_spec(package) is not None
+
+
+def _in_passes(rows):  # are passes over these compiled?
+    return rows.device.type == "cpu" and _available("numba")
+
+
+def _array(values):  # as compiled passes take them
+    values = values if values.dtype in (torch.float32, torch.float64) else values.float()
+    return values.contiguous().numpy()
+
+
+def _weights(weight):
+    return np.empty(0) if weight is None else weight.numpy()
+
 # %% ../nbs/01_clustering.ipynb #reduced
 def _reduced(values, group, how="SUM"):  # over the processes of the group, in place
     if group is not None:
@@ -70,27 +88,45 @@ def _reduced(values, group, how="SUM"):  # over the processes of the group, in p
         distributed.all_reduce(values, getattr(distributed.ReduceOp, how), group)
     return values
 
-# %% ../nbs/01_clustering.ipynb #columns
-def _columns(rows, scale, shift=0.0):  # scaled and shifted, coordinate by coordinate: (m, d) → (d, m) float64
-    columns = torch.empty(rows.shape[::-1], dtype=torch.float64, device=rows.device)
-    return columns.copy_(rows.T).mul_(scale).sub_(shift)
-
 # %% ../nbs/01_clustering.ipynb #gaps
-def _gaps(columns, codebook, codes):  # squared distances of rows, given as (d, m), to their centres, (m,) float64
-    total = torch.zeros_like(columns[0])
-    for x, c in zip(columns, codebook.T.contiguous()):  # coordinate by coordinate, as a sum over a short axis is slow
-        total += (x - c.index_select(0, codes)).square_()
-    return total
+def _gaps(rows, scale, codebook, codes):  # squared distances of scaled rows (m, d) to their centres, (m,) float64
+    if _in_passes(rows):
+        from deepkmeans.passes import squares
+
+        return torch.from_numpy(squares(_array(rows), scale, _array(codebook), codes.numpy()))
+    return (rows.double() * scale - codebook[codes]).square().sum(1)
+
+
+def _norms(rows, scale):  # squared, of scaled rows
+    zero, codes = rows.new_zeros(1, rows.shape[1], dtype=torch.float64), rows.new_zeros(len(rows), dtype=torch.int64)
+    return _gaps(rows, scale, zero, codes)
 
 # %% ../nbs/01_clustering.ipynb #space-of
-def _mean(values, rows, weight, group):  # weighted mean of values(rows), which are (d, m), over all rows: (d,) float64
+def _moment(rows, scale, about, weight, order):  # Σ w(scaled row − about)^order, (d,) float64
+    if _in_passes(rows):
+        from deepkmeans.passes import moment
+
+        return torch.from_numpy(moment(_array(rows), scale, about.numpy(), _weights(weight), order))
+    values = (rows.double() * scale - about)**order  # (m, d)
+    return _total((values if weight is None else values * weight[:, None]).T)
+
+
+def _mean(rows, scale, about, weight, order, group):  # the same, as a mean over all rows
     total = torch.zeros(rows.shape[1] + 1, dtype=torch.float64, device=rows.device)
     for a, b in _chunks(rows):
-        columns = values(rows[a:b])  # (d, m)
-        total[:-1] += _total(columns if weight is None else columns * weight[a:b])
-        total[-1] += b - a if weight is None else _total(weight[a:b])
+        w = None if weight is None else weight[a:b]  # (m,)
+        total[:-1] += _moment(rows[a:b], scale, about, w, order)
+        total[-1] += b - a if w is None else _total(w)
     total = _reduced(total, group)
     return total[:-1] / total[-1]
+
+# %% ../nbs/01_clustering.ipynb #extremes
+def _extremes(rows):  # the least and the largest number, (2,) float64; NaN where one is
+    if not _in_passes(rows):
+        return torch.stack(rows.aminmax()).double()
+    parts = (_array(rows[a:b]) for a, b in _chunks(rows))
+    least, most = np.array([(part.min(), part.max()) for part in parts], np.float64).T  # (chunks,) each
+    return torch.tensor([least.min(), most.max()])
 
 # %% ../nbs/01_clustering.ipynb #power
 def _power(size):  # the power of two that brings a size to between 1/2 and 1; its inverse is a float too
@@ -114,16 +150,18 @@ class _Space(NamedTuple):
         return self.scaled(rows).sub_(self.shift)
 
     def units(self, rows):  # the same in float32
-        if rows.dtype == torch.float32 and 2.0**-126 <= self.scale < 2.0**127 and not self.shifted:
-            return (rows * self.scale).contiguous()  # a power of two: to the same bits
+        if _in_passes(rows):
+            from deepkmeans.passes import units
+
+            return torch.from_numpy(units(_array(rows), self.scale, self.shift.numpy()))
         return torch.cat([self.unit(rows[a:b]).float() for a, b in _chunks(rows)])
 
     def seen(self, codebook):  # scaled centres as the searches see them, (k, d) float32
         return (codebook - self.shift).clamp(-_FAR, _FAR).float().contiguous()
 
     def cost(self, codebook, codes):  # w‖row − codebook[code]‖², (n,) float64, scaled
-        parts = ((_columns(self.rows[a:b], self.scale), codes[a:b]) for a, b in _chunks(self.rows))
-        squares = torch.cat([_gaps(columns, codebook, part) for columns, part in parts])
+        parts = (_gaps(self.rows[a:b], self.scale, codebook, codes[a:b]) for a, b in _chunks(self.rows))
+        squares = torch.cat(list(parts))
         return squares if self.weight is None else squares * self.weight
 
     def plain(self, inertia):  # a scaled inertia as one of the rows that came in
@@ -140,23 +178,18 @@ def _space(rows, weight=None, group=None, codebook=None):  # codebook: centres t
     def size(of):  # the largest absolute value, of one number at least
         return _reduced(torch.stack([values.abs().max() for values in of]).max(), group, "MAX")
 
-    scale = _power(max(size([torch.stack(rows.aminmax()).double()]), near(1.0, 0.0)))
-    mean = _mean(lambda part: _columns(part, scale), rows, weight, group)  # (d,)
-    spread = _mean(lambda part: _columns(part, scale, mean[:, None]).square_(), rows, weight, group)  # (d,)
+    scale = _power(max(size([_extremes(rows)]), near(1.0, 0.0)))
+    mean = _mean(rows, scale, rows.new_zeros(rows.shape[1], dtype=torch.float64), weight, 1, group)  # (d,)
+    spread = _mean(rows, scale, mean, weight, 2, group)  # (d,)
     # (d,); few bits, so that x − shift is exact
     shift = torch.where(mean.abs() > 4 * spread.sqrt(), mean.float().double(), 0.0)
     fine, shifted = 1.0, bool(shift.any())
     if shifted:
-        moved = (_columns(rows[a:b], scale, shift[:, None]) for a, b in _chunks(rows))
+        moved = (rows[a:b].double() * scale - shift for a, b in _chunks(rows))
         fine = _power(max(size(moved), near(scale, shift)))
     fine = min(fine * scale, 2.0**1022) / scale
     variance = float((spread.sqrt() * fine).square().mean())
     return _Space(rows, weight, fine * scale, fine * shift, shifted, variance, heavy, group)
-
-# %% ../nbs/01_clustering.ipynb #search-torch
-@lru_cache(None)
-def _available(package):
-    return find_spec(package) is not None
 
 # %% ../nbs/01_clustering.ipynb #least
 def _least(distances, top):
@@ -377,7 +410,7 @@ def _nearest(space, codebook, backend, codes=None):
     # codes (n,) of the nearest centres, and the first back end that is sure of most rows
     n, (k, d) = len(space.rows), codebook.shape
     nearest = torch.empty(n, dtype=torch.int64, device=codebook.device)
-    undecided, good = torch.arange(n, device=codebook.device), None
+    undecided, good = torch.from_numpy(np.arange(n)).to(codebook.device), None  # torch.arange starts threads
     for name in _ladder(backend, codebook):
         if name == "tree" and name != backend and len(undecided) * k < 2**24:
             continue
@@ -406,25 +439,30 @@ def _nearest(space, codebook, backend, codes=None):
     return nearest, good
 
 # %% ../nbs/01_clustering.ipynb #update
-def _sums(values, codes, k):  # of the values (c, m) by cluster: (c, k) float64
-    if codes.is_cuda:
-        return values.new_zeros(len(values), k).index_add_(1, codes, values)
-    return torch.from_numpy(np.stack([np.bincount(codes.numpy(), line, k) for line in values.numpy()]))
+def _sums(rows, scale, around, weight, codes):
+    # of scaled rows about a point for each cluster, `around` (k, d): their weighted sums (k, d), and the weights (k,)
+    if _in_passes(rows):
+        from deepkmeans.passes import sums
+
+        found = sums(_array(rows), scale, _array(around), _weights(weight), codes.numpy())
+        return tuple(map(torch.from_numpy, found))
+    values = rows.double() * scale - around[codes]  # (m, d)
+    mass = values.new_ones(len(rows)) if weight is None else weight  # (m,)
+    total = torch.zeros_like(around).index_add_(0, codes, values * mass[:, None])
+    return total, values.new_zeros(len(around)).index_add_(0, codes, mass)
 
 # %% ../nbs/01_clustering.ipynb #means
 def _means(space, codes, k, around=None):
     # (k, d) scaled, NaN for an empty cluster, and the weight of each (k,)
     # `around`: centres near the means, to start from
-    total = torch.zeros(space.rows.shape[1] + 1, k, dtype=torch.float64, device=codes.device)
+    around = space.shift.repeat(k, 1) if around is None else around  # (k, d)
+    total = around.new_zeros(k, around.shape[1] + 1)
     for a, b in _chunks(space.rows):
-        part = codes[a:b]  # (m,)
-        shift = space.shift[:, None] if around is None else around[part].T
-        columns = _columns(space.rows[a:b], space.scale, shift)  # (d, m)
-        w = torch.ones_like(columns[0]) if space.weight is None else space.weight[a:b]  # (m,)
-        columns = columns if space.weight is None else columns.mul_(w)
-        total += _sums(torch.cat([columns, w[None]]), part, k)  # (d + 1, k)
+        weight = None if space.weight is None else space.weight[a:b]
+        sums, mass = _sums(space.rows[a:b], space.scale, around, weight, codes[a:b])
+        total += torch.cat([sums, mass[:, None]], 1)
     _reduced(total, space.group)
-    return (total[:-1] / total[-1]).T + (space.shift if around is None else around), total[-1]
+    return total[:, :-1] / total[:, -1:] + around, total[:, -1]
 
 # %% ../nbs/01_clustering.ipynb #first-process
 def _first_process(has, group):  # (k,) bool: is this the first process that has it?
@@ -530,9 +568,10 @@ _VANISHING = 1e-18  # of the largest row: distances whose squares float32 does n
 
 
 def _nearness(space, centres):  # of rows to their centres, in shares of their norms: that of the nearest quarter
+    from scipy.spatial.distance import cdist
+
     rows = space.unit(space.rows[::-(-len(space.rows) // _LOOKED_AT)])
-    direct = "donot_use_mm_for_euclid_dist"
-    least = torch.cdist(rows, centres - space.shift, compute_mode=direct).amin(1)  # (m,)
+    least = torch.from_numpy(cdist(rows.numpy(), (centres - space.shift).numpy()).min(1))  # (m,)
     share = torch.where(least < _VANISHING, 0.0, least / rows.norm(dim=1))[least > 0]
     return float(share.kthvalue(1 + len(share) // 4).values) if len(share) else 1.0  # sooner found than a quantile
 
@@ -690,7 +729,7 @@ def _checked_rows(rows, name="rows"):
     if rows.is_complex():
         raise ValueError(f"{name} has dtype {rows.dtype}, must be real numbers")
     rows = rows if rows.is_floating_point() else rows.double()
-    if not torch.isfinite(torch.stack(rows.aminmax())).all():
+    if not torch.isfinite(_extremes(rows)).all():
         raise ValueError(f"{name} holds NaN or infinite values")
     return rows
 
@@ -851,7 +890,7 @@ def _check_same(group, device, **arguments):
 
 # %% ../nbs/01_clustering.ipynb #zero
 def _pinned(rows, pinned_zero):  # (n,) bool: the rows of smallest norm, the first of those that are equal
-    norms = _columns(rows, _power(rows.abs().max())).square_().sum(0)  # (n,), scaled
+    norms = _norms(rows, _power(rows.abs().max()))  # (n,)
     wanted = pinned_rows(len(rows), pinned_zero)
     largest = norms.kthvalue(wanted).values if wanted else -1.0
     pinned = norms < largest
@@ -863,7 +902,7 @@ def _pinned(rows, pinned_zero):  # (n,) bool: the rows of smallest norm, the fir
 def _with_zero(rest, rows, weight, pinned):  # the zero centre in front of the codebook of the other rows
     codes = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
     codes[~pinned] = rest.codes + 1
-    cost = _columns(rows[pinned], 1.0).square_().sum(0)  # (number pinned,)
+    cost = _norms(rows[pinned], 1.0)  # (number pinned,)
     cost = cost if weight is None else cost * weight[pinned]
     codebook = torch.cat([rest.codebook.new_zeros(1, rows.shape[1]), rest.codebook])  # (k, d)
     return Clustering(codebook, codes, rest.inertia + float(_total(cost)), rest.n_iter)
@@ -1013,7 +1052,7 @@ def _counted(rows, weight, least):
     new[1:] = (rows[order[1:]] != rows[order[:-1]]).any(1)
     if new.sum() < least:
         return order, weight[order]
-    return order[new], _sums(weight[order][None], new.cumsum(0) - 1, int(new.sum()))[0]
+    return order[new], torch.bincount(new.cumsum(0) - 1, weight[order])
 
 # %% ../nbs/01_clustering.ipynb #check-centres
 def _check_centres(init, k, d):  # given centres, in scikit-learn's words
@@ -1079,7 +1118,7 @@ class KMeans(_Parameters):
         labels, squares = encode(rows, found.codebook)  # (n,)
         if self.pinned_zero:
             labels[used] = found.codes
-            squares[used] = _gaps(_columns(rows[used], 1.0), found.codebook.double(), found.codes)
+            squares[used] = _gaps(rows[used], 1.0, found.codebook.double(), found.codes)
         as_given = (lambda t: t) if isinstance(X, torch.Tensor) else torch.Tensor.numpy
         self.cluster_centers_, self.labels_ = as_given(found.codebook), as_given(labels)
         self.n_iter_, self.inertia_ = found.n_iter, float(_total(squares * weight))

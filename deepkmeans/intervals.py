@@ -10,7 +10,7 @@ from math import frexp, fsum, log, sqrt
 
 import numpy as np
 
-from .kernels import _quick, _strict
+from .passes import _quick, _strict
 
 # %% ../nbs/53_intervals.ipynb #exact-pass
 _SOME = 16  # values in a block

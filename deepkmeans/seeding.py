@@ -10,7 +10,8 @@ from math import ceil, log2
 
 import numpy as np
 
-from .kernels import _INF, _ZERO, _box, _quick, _strict, make_tree, tree_order
+from .kernels import _INF, _ZERO, _box, make_tree, tree_order
+from .passes import _quick, _strict
 
 # %% ../nbs/52_seeding.ipynb #to-row
 @_strict

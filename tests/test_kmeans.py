@@ -560,6 +560,6 @@ def test_only_the_module_keeps_what_numba_compiles_and_a_notebook_s_cell_does_no
     names = {"__name__": "__main__"}  # as in a notebook, where there is no __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # numba finds no place for a function of a cell only where it looks for one
-        exec(source["imports"] + "\n" + source["flags"] + "\n" + source["compare-all"], names)
+        exec("\n".join(source[name] for name in ("imports", "constants", "compare-all")), names)
     kinds = [type(compiled._cache).__name__ for compiled in (names["compare_all"], kernels.compare_all)]
     assert kinds == ["NullCache", "FunctionCache"]

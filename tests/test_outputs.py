@@ -25,6 +25,7 @@ SLOW = {  # why the outputs of a notebook are not compared
     "25_dkm": "trains",
     "31_suite": "starts kernels",
     "40_cli": "starts processes",
+    "49_passes": "compiles",
     "50_kernels": "compiles",
     "52_seeding": "compiles",
     "53_intervals": "compiles",
