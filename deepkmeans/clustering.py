@@ -215,7 +215,7 @@ def _search_faiss(codebook, top):
 
 # %% ../nbs/01_clustering.ipynb #search-tree
 def _search_tree(codebook):
-    # from queries and codes to begin with to proposals (m, 2), and for which the first is known to be the nearest (m,)
+    # from queries and codes to begin with to codes (m,), which of them may be wrong (u,), and what those may be (u, 2)
     from deepkmeans.kernels import make_search
 
     find = make_search(codebook.numpy())
@@ -374,18 +374,20 @@ def _ladder(name, codebook):  # the back ends that are asked one after the other
 
 # %% ../nbs/01_clustering.ipynb #finder
 def _finder(space, codebook, name, top=2):
-    # from rows (m, d), as they came in, and codes to begin with or none to proposals (m, top), and of which rows the
-    # first is known to be right (m,)
+    # from rows (m, d), as they came in, and codes to begin with or none to codes (m,), which rows may have others, (u,)
+    # or a slice, and proposals for these (u, top)
     sure = {"line": _search_line, "direct": _search_direct}
-    if name in sure:
-        search = sure[name](codebook)
-        return lambda rows, codes: (search(space.scaled(rows)), None)
     centres = space.seen(codebook)
     if name == "tree":
         search = _search_tree(centres)
         return lambda rows, codes: search(space.units(rows), codes)
-    search = _SEARCH[name](centres, min(top, len(codebook)))
-    return lambda rows, codes: (search(space.units(rows)), None)
+    propose = sure[name](codebook) if name in sure else _SEARCH[name](centres, min(top, len(codebook)))
+    as_seen = space.scaled if name in sure else space.units
+
+    def find(rows, codes):
+        proposals = propose(as_seen(rows))  # (m, top)
+        return proposals[:, 0], slice(None), proposals
+    return find
 
 # %% ../nbs/01_clustering.ipynb #assign-best
 def _best(space, codebook, rows, proposals, codes=None):
@@ -401,8 +403,9 @@ def _best(space, codebook, rows, proposals, codes=None):
 def _assign(space, codebook, name, codes):  # codes (n,) that are at least as near as those given
     find, nearest = _finder(space, codebook, name, 1), torch.empty_like(codes)
     for a, b in _chunks(space.rows):
-        rows = space.rows[a:b]
-        nearest[a:b], _, _ = _best(space, codebook, rows, find(rows, codes[a:b])[0], codes[a:b])
+        rows, own = space.rows[a:b], codes[a:b]
+        nearest[a:b], unsure, proposals = find(rows, own)
+        nearest[a:b][unsure], _, _ = _best(space, codebook, rows[unsure], proposals, own[unsure])
     return nearest
 
 # %% ../nbs/01_clustering.ipynb #assign-nearest
@@ -421,10 +424,8 @@ def _nearest(space, codebook, backend, codes=None):
         for a in range(0, len(undecided), size):
             part = undecided[a:a + size]  # (m,)
             here = slice(a, a + size) if whole else part
-            proposals, certain = find(space.rows[here], None if codes is None else codes[here])
-            if certain is not None:
-                nearest[here] = proposals[:, 0]
-                part, proposals = part[~certain], proposals[~certain]
+            nearest[here], left, proposals = find(space.rows[here], None if codes is None else codes[here])
+            part = part[left]
             if not len(part):
                 continue
             rows, own = space.rows[part], None if codes is None else codes[part]

@@ -45,11 +45,14 @@ class _Pool:  # of as many threads as PyTorch uses; none where the work is over 
             self.pool.shutdown()
 
 # %% ../nbs/50_kernels.ipynb #blocks
+@_quick
 def _blocks(x):  # (n, d) → (n/_BLOCK, d, _BLOCK), the last filled up with zeros
-    n, d = x.shape
-    rows = np.zeros((ceil(n / _BLOCK) * _BLOCK, d), np.float32)
-    rows[:n] = x
-    return np.ascontiguousarray(rows.reshape(-1, _BLOCK, d).transpose(0, 2, 1))
+    blocks = np.zeros((-(-len(x) // _BLOCK), x.shape[1], _BLOCK), np.float32)
+    for b in range(len(blocks)):
+        for r in range(min(_BLOCK, len(x) - b * _BLOCK)):
+            for j in range(x.shape[1]):
+                blocks[b, j, r] = x[b * _BLOCK + r, j]
+    return blocks
 
 # %% ../nbs/50_kernels.ipynb #fours
 def _in_fours(means):  # (k, d) float32, with centres that are nobody's nearest up to a multiple of four
@@ -339,20 +342,24 @@ def check_nearest(
             certain[i] = _certain(_square(x, i, centres, codes[i]), other, size, x.shape[1])
 
 # %% ../nbs/50_kernels.ipynb #search-all
-def _among_all(centres):  # from rows, codes to begin with or none, and a pool to (n, 2) and (n,)
+def _among_all(centres):
+    # from rows, codes to begin with or none, and a pool to codes (n,), the rows that may have another (u,), and the two
+    # centres that each of these may have (u, 2)
     coordinates, fours = _coordinates(centres.shape[1]), _in_fours(centres)
 
     def find(x, given, pool):
-        codes = np.full(len(x), -1) if given is None else given  # (n,)
+        codes = np.full(len(x), -1) if given is None else given.copy()  # (n,)
         if given is None:
             _All(x, codes, pool)(centres.astype(np.float64))
         blocks, certain = _blocks(x), np.empty(len(x), np.bool_)
         _parallel(pool, check_nearest, len(blocks), blocks, x, fours, len(centres), coordinates, codes, certain)
-        out, unsure = np.stack([codes, codes], 1), np.flatnonzero(~certain)
-        if len(unsure):  # from nothing or, when that is how they were found, by the tree, which knows two of each
-            again = _in_tree(centres) if given is None else find
-            out[unsure], certain[unsure] = again(x[unsure], None, pool)
-        return out, certain
+        unsure = np.flatnonzero(~certain)
+        if not len(unsure):
+            return codes, unsure, np.empty((0, 2), np.int64)
+        # from nothing or, when that is how they were found, by the tree, which knows two of each
+        again = _in_tree(centres) if given is None else find
+        codes[unsure], still, two = again(x[unsure], None, pool)
+        return codes, unsure[still], two
     return find
 
 # %% ../nbs/50_kernels.ipynb #order
@@ -528,7 +535,7 @@ def nearest(
         certain[i] = _certain(squares[0], min(squares[1], limit), _norm(x, i), d)
 
 # %% ../nbs/50_kernels.ipynb #in-tree
-def _in_tree(centres):  # from rows, codes that it does not need, and a pool to (n, 2) and (n,)
+def _in_tree(centres):  # from rows, codes that it does not need, and a pool to the same
     depth = _depth(len(centres), _LEAF)
     order = tree_order(centres, depth)  # (k,)
     packed, low, high = make_tree(centres[order], depth, _LEAF)
@@ -536,7 +543,8 @@ def _in_tree(centres):  # from rows, codes that it does not need, and a pool to 
     def find(x, given, pool):
         out, certain = np.empty((len(x), 2), np.int64), np.empty(len(x), np.bool_)
         _parallel(pool, nearest, len(x), x, packed, low, high, len(centres), out, certain)
-        return order[out], certain
+        unsure = np.flatnonzero(~certain)
+        return order[out[:, 0]], unsure, order[out[unsure]]
     return find
 
 # %% ../nbs/50_kernels.ipynb #few-code
@@ -546,11 +554,10 @@ def _few(k, d):  # measured over 15 and 60 iterations
 # %% ../nbs/50_kernels.ipynb #make-search
 def make_search(
     centres: np.ndarray, # (k, d) float32
-): # a function from rows (n, d) float32, and codes (n,) to begin with or none, to (n, 2) int64 and (n,) bool
-    """What finds the nearest centre of each row, and whether it is known to be that.
+): # a function from rows (n, d) float32, and codes (n,) to begin with or none, to (n,), (u,) and (u, 2) int64
+    """What finds the code of each row, the rows of which it is not sure, and the two centres that these may have.
 
-    Where it is not, there are two centres, one of them the nearest and the other about as near. Codes that are right
-    for most rows make it twice as fast.
+    Codes that are right for most rows make it twice as fast.
     """
     find = _among_all(centres) if _few(*centres.shape) else _in_tree(centres)
 
@@ -618,7 +625,7 @@ def _lloyd_near(x, weight, start, max_iter, stop, pool):  # rows by centres, the
     if _few(*start.shape):
         _All(x, codes, pool)(start)
     else:
-        codes = _in_tree(centres)(x, None, pool)[0][:, 0]
+        codes = _in_tree(centres)(x, None, pool)[0]
     order = tree_order(centres, _depth(k, _LEAF))  # (k,)
     codes = order.argsort()[codes]
     members = group(codes, k)
