@@ -163,10 +163,10 @@ def _images(args, model): # the test images of --data, when they fit the network
     return _Images(loader, data.name, len(data.test), data.fingerprint)
 
 # %% ../nbs/40_cli.ipynb #accuracy
-def _measured_accuracy(model, images):
+def _measured_accuracy(model, images, amp=False):
     loader = tqdm(images.loader, desc="evaluate", unit=" batches", disable=not _on_terminal(), leave=False)
     try:
-        return evaluate(model, loader)
+        return evaluate(model, loader, amp=amp)
     except (RuntimeError, IndexError) as error:  # as torch says it, of layers or of labels beyond the outputs
         raise ValueError(f"the network does not take the images and labels of {images.name}: {error}") from None
 
@@ -240,9 +240,10 @@ def _evaluate(args):
     model = _load(args, args.file, dense=True)  # faster, and the same to the bit
     images = _images(args, model)
     card = _card_for(args.file, images) if args.record else None
-    accuracy = _measured_accuracy(model, images)
+    amp = bool(card and card.amp)
+    accuracy = _measured_accuracy(model, images, amp)
     found = f"top-1 {accuracy.top1:.2f} %, top-5 {accuracy.top5:.2f} %, loss {accuracy.loss:.4f}"
-    text = f"{args.file} on {images.name}: {found} over {images.count:,} images"
+    text = f"{args.file} on {images.name}: {found} over {images.count:,} images{', in bfloat16' * amp}"
     measured = dict(file=str(args.file), data=images.name, images=images.count, **accuracy._asdict())
     if not card:
         return measured, text
@@ -469,7 +470,8 @@ def _data_options(command, required=False):
 def _evaluate_options(command):
     _data_options(_arch_options(_file(command)), required=True)
     beyond = "exit code 1 where they differ by more than the binomial standard error of the test set"
-    record = f"compare the accuracy with the record of a network that `deepkmeans list` shows; {beyond}"
+    what = "compare the accuracy, in the number type of the record, with that of a network that `deepkmeans list` shows"
+    record = f"{what}; {beyond}"
     command.add_argument("--record", action="store_true", help=record)
 
 # %% ../nbs/40_cli.ipynb #energy-options

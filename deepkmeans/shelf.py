@@ -60,6 +60,7 @@ class Card(NamedTuple):
     fingerprint: str  # of these data
     top1: float  # accuracy, percent of the test images
     images: int  # test images
+    amp: bool  # was the accuracy computed in bfloat16?
     bytes: int  # size of the file
     ratio: float  # bytes of the dense network over these bytes
     record: str  # identity of the run that made it
@@ -85,10 +86,11 @@ def _card(name, path): # → Card, or None for a file without a record
     record = _record_of(path)
     if record is None:
         return None
-    data, shared = record["dataset"], record["stages"]["shared"]
-    tested = dict(data=data["name"], fingerprint=data["fingerprint"], top1=shared["top1"], images=data["test"])
+    data, shared, parameters = record["dataset"], record["stages"]["shared"], record["parameters"]
+    where = dict(data=data["name"], fingerprint=data["fingerprint"])
+    tested = dict(top1=shared["top1"], images=data["test"], amp=parameters.get("amp", False))
     size = dict(bytes=path.stat().st_size, ratio=shared["ratio"]["network"]["file"])
-    return Card(name, path, record["parameters"]["model"], **tested, **size, record=record["id"])
+    return Card(name, path, parameters["model"], **where, **tested, **size, record=record["id"])
 
 # %% ../nbs/14_shelf.ipynb #cards
 def cards(

@@ -169,11 +169,11 @@ def small(measured, tmp_path, monkeypatch):
     path = Path(shutil.copy(path, tmp_path))
     size = os.stat(path).st_size
 
-    def made(more=0, fingerprint=data.fingerprint, kib=size / 1024):  # → images that are right, images
+    def made(more=0, fingerprint=data.fingerprint, kib=size / 1024, amp=False):  # → images that are right, images
         shared = dict(top1=100 * (right + more) / len(data.test), kib=kib, ratio=dict(network=dict(file=2.0)))
         record = dict(
             id="0123456789ab",
-            parameters=dict(model="lenet5", plan_name="tiny"),
+            parameters=dict(model="lenet5", plan_name="tiny", amp=amp),
             stages=dict(shared=shared),
             dataset=dict(name="digits", fingerprint=fingerprint, test=len(data.test)),
         )
@@ -198,6 +198,17 @@ def test_record_says_equal_or_by_how_many_images(small, capsys):
     p = (right + 1) / n
     assert found["record"] == "0123456789ab" and round((found["recorded_top1"] - found["top1"]) * n / 100) == 1
     assert abs(found["standard_error"] - 100 * sqrt(p * (1 - p) / n)) < 1e-9
+
+
+def test_a_record_in_bfloat16_is_compared_with_a_measurement_in_bfloat16(small, measured, capsys):
+    """Seven images of 10,000 were right in float32 that are wrong in the type of the record."""
+    small(amp=True)
+    found = json.loads(run("evaluate tiny --data digits --record --json", capsys)[1])
+    plain = json.loads(run("evaluate tiny --data digits --json", capsys)[1])
+    loader = dk.loaders(measured[1], 500, test_batch_size=500)[1]
+    net = dk.load_compressed(measured[0], dense=True)
+    assert found["loss"] == dk.evaluate(net, loader, amp=True).loss != plain["loss"]
+    assert ", in bfloat16\n" in run("evaluate tiny --data digits --record", capsys)[1]
 
 
 def test_record_fails_only_beyond_the_standard_error(small, capsys):
