@@ -297,7 +297,7 @@ def _certain(best, second, size, d):  # are these squared distances of a row of 
     return second - best > 3 * error + 1e-36
 
 
-@_strict
+@_inline
 def _norm(x, i):
     square = 0.0
     for j in range(x.shape[1]):
@@ -305,7 +305,7 @@ def _norm(x, i):
     return sqrt(square)
 
 
-@_strict
+@_inline
 def _square(x, i, centres, c):  # of the distance of row i to centre c
     square = 0.0
     for j in range(x.shape[1]):
@@ -358,6 +358,7 @@ def _among_all(centres):
             return codes, unsure, np.empty((0, 2), np.int64)
         # from nothing or, when that is how they were found, by the tree, which knows two of each
         again = _in_tree(centres) if given is None else find
+        pool = pool if len(unsure) * len(centres) >= _ALONE else None
         codes[unsure], still, two = again(x[unsure], None, pool)
         return codes, unsure[still], two
     return find
