@@ -413,7 +413,8 @@ def _nearest(space, codebook, backend, codes=None):
     # codes (n,) of the nearest centres, and the first back end that is sure of most rows
     n, (k, d) = len(space.rows), codebook.shape
     nearest = torch.empty(n, dtype=torch.int64, device=codebook.device)
-    undecided, good = torch.from_numpy(np.arange(n)).to(codebook.device), None  # torch.arange starts threads
+    # PyTorch's own arange starts threads, which go on spinning beside those of the compiled search
+    undecided, good = torch.from_numpy(np.arange(n)).to(codebook.device), None
     for name in _ladder(backend, codebook):
         if name == "tree" and name != backend and len(undecided) * k < 2**24:
             continue
@@ -569,7 +570,7 @@ _VANISHING = 1e-18  # of the largest row: distances whose squares float32 does n
 
 
 def _nearness(space, centres):  # of rows to their centres, in shares of their norms: that of the nearest quarter
-    from scipy.spatial.distance import cdist
+    from scipy.spatial.distance import cdist  # PyTorch's starts threads, too
 
     rows = space.unit(space.rows[::-(-len(space.rows) // _LOOKED_AT)])
     least = torch.from_numpy(cdist(rows.numpy(), (centres - space.shift).numpy()).min(1))  # (m,)
