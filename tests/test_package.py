@@ -37,6 +37,13 @@ def test_modules_are_what_the_notebooks_export(root, tmp_path):
     assert [name for name in exported if exported[name] != committed[name]] == []
 
 
+def test_papermill_commands_that_are_quoted_name_an_output(root):  # without one it refuses to write to a terminal
+    pages = [*root.glob("*.md"), *root.glob("docs/*.md"), *root.glob("figures/*.md"), *notebooks(root)]
+    quoted = {c for page in pages for c in re.findall(r"papermill (nbs/[^`#\n]*)", page.read_text())}
+    assert len(quoted) > 10
+    assert [c for c in quoted if not c.split()[1].endswith(".ipynb") and " > out.ipynb" not in c] == []
+
+
 def test_cells_have_fixed_meaningful_ids(root):
     for path in notebooks(root):
         ids = [c["id"] for c in cells(path) + cells(path, "markdown")]

@@ -10,7 +10,7 @@ __all__ = ['RATIOS', 'Line', 'suites', 'Budget', 'compare', 'claims', 'Table', '
 import json
 from math import hypot, isnan, nan
 from pathlib import Path
-from statistics import stdev
+from statistics import fmean, stdev
 from typing import NamedTuple
 
 from ..files import write_file
@@ -93,12 +93,13 @@ class Budget(NamedTuple):
 
 # %% ../../nbs/32_tables.ipynb #standard-error
 def _standard_error(accuracies, records):  # in points; NaN where nothing tells it
-    if len(accuracies) > 1:
-        return stdev(accuracies) / len(accuracies) ** 0.5
-    images = next((record["dataset"]["test"] for record in records if "dataset" in record), None)
-    if not accuracies or not images:
+    if not accuracies:
         return nan
-    return (accuracies[0] * (100 - accuracies[0]) / images) ** 0.5  # binomial
+    mean = fmean(accuracies)
+    images = next((record["dataset"]["test"] for record in records if "dataset" in record), None)
+    of_images = [(mean * (100 - mean) / images) ** 0.5] if images else []  # binomial
+    of_runs = [stdev(accuracies) / len(accuracies) ** 0.5] if len(accuracies) > 1 else []
+    return max(of_images + of_runs, default=nan)
 
 # %% ../../nbs/32_tables.ipynb #in-words
 def _in_words(change, error, ended, made):
@@ -149,7 +150,7 @@ def compare(
 ): # a pandas frame, a line for each under its label
     """Paper beside ours, in points: `change` is the mean over the seeds that ended, `of` how many, `sd` its deviation.
 
-    `error` is the standard error of the accuracy: of the mean over the seeds or, of a single run, that of its test set.
+    `error` is the standard error of the accuracy: that of the test images or, if larger, of the mean over runs.
     `ours` says it in words: "-0.70 ± 0.22 (3)" with the error and the number of runs; a run that has not been made is
     "not run", one that diverged says so. `run` holds the ids of the records, and the ratios stand under every way of
     counting that the records have ("network file", "conv entropy", …).
@@ -172,6 +173,9 @@ def _verdict(gap, scatter):
 def _claim(better, worse, frame):
     a = frame.loc[better]
     b = frame.loc[worse]
+    if abs(a.baseline - b.baseline) > 1e-6:
+        differ = f"their baselines differ ({a.baseline:.2f} and {b.baseline:.2f} %)"
+        return f"{better} against {worse}: not compared, {differ}."
     gap = a.change - b.change
     paper = a.paper - b.paper
     beside = "" if isnan(paper) else f" (paper {paper:+.2f})"
@@ -293,10 +297,10 @@ RATIOS = {
 def _shown_frame(table, frame, ratios, more):
     import pandas as pd
 
-    marks = ["" if line.paper else " †" for line in table.lines]
+    marks = frame.paper.isna().map({True: " †", False: ""})
     counted = {name: title for name, title in ratios.items() if name in frame and frame[name].notna().any()}
     columns = {"method": frame.method + marks, "nominal ratio": frame.nominal}
-    columns |= {name: frame[name] for name in ("paper", "ours", "difference")} | more
+    columns |= {name: frame[name] for name in ("paper", "ours", "difference", "baseline")} | more
     columns |= {title: frame[name] for name, title in counted.items()}
     return pd.DataFrame(columns | {"run": frame.run})
 
@@ -314,7 +318,8 @@ def show(
         shown.to_csv(table.path("table"), index=False, float_format="%.3f")
     signed = [name for name in shown if name.split()[-1] in ("paper", "difference")]
     counted = [name for name in shown if name in ratios.values()]
-    forms = dict.fromkeys(signed, "{:+.2f}") | dict.fromkeys(counted, "{:.2f}") | {"nominal ratio": "{:g}"}
+    forms = dict.fromkeys(signed, "{:+.2f}") | dict.fromkeys(["baseline", *counted], "{:.2f}")
+    forms["nominal ratio"] = "{:g}"
     return shown.style.format(forms, na_rep="–").hide(axis="index")
 
 # %% ../../nbs/32_tables.ipynb #keep-picture
