@@ -12,7 +12,7 @@ from deepkmeans.paper.store import repository
 
 COLUMNS = ("", "network, data, baseline, protocol", "the paper's ratio", "on disk")
 COLUMNS += ("sharing alone (WR)", "Deep k-Means", "control", "best other method", "run")
-NOTE = "A single run's standard error is {} to {} points."
+NOTE = "Standard errors: {} to {} points a single run, {} LeNet's three seeds. Training on without compression: {}."
 
 
 class Shown(NamedTuple):
@@ -35,6 +35,7 @@ SHOWN = [
     Shown("Table 4", "table4_googlenet", "cpu", "stand-in: GoogLeNet at 64×64", 4),
     Shown("Table 4, wanted ratio", "table4_googlenet", "cpu", "the same", 16, ", wanted ratio"),
 ]
+LENET = "lenet_regularizers_cpu"
 OURS = ("WR", "Deep k-Means", "spectral", "control", "dense")  # how the methods begin that are no rivals
 
 
@@ -53,10 +54,12 @@ def write_readme(
 
 
 def _note(folder):
-    names = {f"{shown.table}_{shown.protocol}" for shown in SHOWN}
-    changes = [line["ours"] for name in names for line in _table(folder, name)]
+    tables = {shown.table: _table(folder, f"{shown.table}_{shown.protocol}") for shown in SHOWN}
+    changes = [line["ours"] for lines in tables.values() for line in lines]
     errors = [float(change.split()[2]) for change in changes if change.endswith("(1)")]
-    return NOTE.format(f"{min(errors):.1f}", f"{max(errors):.1f}")
+    dense = {name: [line for line in lines if _method(line) == "dense, trained on"] for name, lines in tables.items()}
+    more = ", ".join(f"{_change(lines[0])} (Table {name[5]})" for name, lines in dense.items() if lines)
+    return NOTE.format(f"{min(errors):.1f}", f"{max(errors):.1f}", f"{_lenet_error(folder):.1f}", more)
 
 
 def _table(folder, name):
@@ -75,15 +78,23 @@ def _records(folder, name, runs):  # those of some runs, "ea3bd05ba131 d49df1ac1
     return [record for record in records if record["id"] in runs.split()]
 
 
-def _lenet(folder):  # the smallest codebooks of all
-    name = "lenet_regularizers_cpu"
-    two = {line["re-training"]: line for line in _table(folder, name) if line["K"] == "2"}
+def _two_centres(folder):  # lines of LeNet with the smallest codebooks of all, {re-training: line}
+    return {line["re-training"]: line for line in _table(folder, LENET) if line["K"] == "2"}
+
+
+def _lenet_error(folder):
+    two = _two_centres(folder)
+    return max(_error(two["hard (default)"]["shared"]), _error(two["control"]["fine-tuned"]))
+
+
+def _lenet(folder):
+    two = _two_centres(folder)
     hard, control = two["hard (default)"], two["control"]
     alone = _mean(control["shared"]) - _mean(control["fine-tuned"]) + float(control["− baseline"])
-    shared = _records(folder, name, hard["run"])[0]["stages"]["shared"]
+    shared = _records(folder, LENET, hard["run"])[0]["stages"]["shared"]
     on_disk = f"{shared['ratio']['conv']['file']:.0f} (convolutions)"
     changes = [f"{alone:+.2f}", hard["− baseline"], control["− baseline"]]
-    return ["LeNet", _measured_on(folder, name, "LeNet-5"), "–", on_disk, *changes, "–", _run(hard)]
+    return ["LeNet", _measured_on(folder, LENET, "LeNet-5"), "–", on_disk, *changes, "–", _run(hard)]
 
 
 def _line(folder, shown):
@@ -108,6 +119,11 @@ def _method(line):
 
 def _mean(text):  # of "98.71 ± 0.19 (3)"
     return float(text.split()[0])
+
+
+def _error(text):  # of the mean, where the deviation of so many runs stands behind it
+    _, _, deviation, runs = text.split()
+    return float(deviation) / int(runs.strip("()")) ** 0.5
 
 
 def _change(line):  # "−0.70 (−1.95)", the paper's in brackets
@@ -154,37 +170,38 @@ def draw_picture(
 def _draw_wide(ax, lines):
     for method, name in WIDE.items():
         own = [line for line in lines if _method(line) == method]
-        points = [(_reached(line), _mean(line["ours"])) for line in own]
+        points = [(float(line["ratio, Huffman"]), *map(float, line["ours"].split()[:3:2])) for line in own]
         _draw(ax, sorted(points), FLOORS["wide"], label=name, **method_look(method))
-    said = [(line["nominal ratio"], line["paper"]) for line in lines if _method(line) == "Deep k-Means"]
-    grey = dict(color="0.55", marker="o", fillstyle="none", linestyle=":")
-    _draw(
-        ax,
-        sorted((float(x), float(y)) for x, y in said),
-        FLOORS["wide"],
-        label="the paper's, by its count of bits",
-        **grey,
-    )
-    _finish(ax, "Wide ResNet 16-4, CIFAR-10", "times smaller on disk", FLOORS["wide"])
+    said = [(line["nominal ratio"], line["paper"], 0) for line in lines if _method(line) == "Deep k-Means"]
+    grey = dict(color="0.55", marker="o", fillstyle="none", linestyle=":", label="the paper's, by the entropy of codes")
+    _draw(ax, sorted(tuple(map(float, point)) for point in said), FLOORS["wide"], **grey)
+    _finish(ax, "Wide ResNet 16-4, CIFAR-10", "times smaller, with Huffman codes", FLOORS["wide"])
     ax.set_ylabel("change of top-1, points")
 
 
 def _draw_lenet(ax, lines):
-    own = [line for line in lines if line["re-training"] in ("hard (default)", "control")]
-    control = [line for line in own if line["re-training"] == "control"]
+    control = [line for line in lines if line["re-training"] == "control"]
+    hard = [line for line in lines if line["re-training"] == "hard (default)"]
     alone = [_mean(line["shared"]) - _mean(line["fine-tuned"]) + float(line["− baseline"]) for line in control]
-    ratios = [float(line["conv. ratio"]) for line in control]
-    _draw(ax, list(zip(ratios, alone)), FLOORS["lenet"], **method_look("WR"))
-    for method, name in (("control", "control"), ("Deep k-Means", "hard (default)")):
-        points = [(float(r["conv. ratio"]), float(r["− baseline"])) for r in own if r["re-training"] == name]
+    drawn = {
+        "WR": [(float(line["conv. ratio"]), y, 0) for line, y in zip(control, alone)],
+        "control": [_lenet_point(line, "fine-tuned") for line in control],
+        "Deep k-Means": [_lenet_point(line, "shared") for line in hard],
+    }
+    for method, points in drawn.items():
         _draw(ax, points, FLOORS["lenet"], **method_look(method))
     _finish(ax, "LeNet-5, MNIST", "times smaller, convolutions", FLOORS["lenet"])
 
 
-def _draw(ax, points, floor, **look):
-    inside = [(x, y) for x, y in points if y >= floor]
-    ax.plot(*zip(*inside) if inside else ([], []), **{"linestyle": "-"} | look)
-    for x, y in points:
+def _lenet_point(line, stage):
+    return float(line["conv. ratio"]), float(line["− baseline"]), _error(line[stage])
+
+
+def _draw(ax, points, floor, **look):  # (x, y, error of y)
+    inside = [point for point in points if point[1] >= floor]
+    x, y, error = zip(*inside) if inside else ([], [], [])
+    ax.errorbar(x, y, error, **{"linestyle": "-", "elinewidth": 1.2} | look)
+    for x, y, _ in points:
         if y < floor:
             ax.plot(x, floor, color=look["color"], marker="v", clip_on=False)
             place = dict(xytext=(0, 7), textcoords="offset points", ha="center", fontsize=10)
