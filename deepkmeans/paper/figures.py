@@ -262,16 +262,16 @@ def _place_on_axis(ax, x):  # 0 at the left edge of the picture, 1 at its right
 
 # %% ../../nbs/33_figures.ipynb #arrows
 def _arrows(ax, points, floor):  # points: (x, value, colour), all below the floor
-    height = 0
-    before = None
+    labels = []  # (place, height) of those that are there
     for x, value, color in sorted(set(points)):
-        near = before is not None and abs(_place_on_axis(ax, x) - _place_on_axis(ax, before)) < 0.07
-        height = height + 12 if near else 0
-        before = x
+        place = _place_on_axis(ax, x)
+        taken = {height for other, height in labels if abs(other - place) < 0.06}
+        height = min(set(range(len(labels) + 1)) - taken)
+        labels.append((place, height))
         ax.plot(x, floor, "v", color=color, markersize=7, clip_on=False, zorder=5)
         text = f"{value:.0f}".replace("-", "−")
-        place = dict(textcoords="offset points", ha="center")
-        label = ax.annotate(text, (x, floor), (0, 8 + height), **place, fontsize=9, color=color)
+        how = dict(textcoords="offset points", ha="center", fontsize=9, color=color)
+        label = ax.annotate(text, (x, floor), (0, 8 + 12 * height), **how)
         label.set_bbox(dict(facecolor="white", edgecolor="none", alpha=0.8, pad=0.5))
 
 # %% ../../nbs/33_figures.ipynb #ratio-axis
@@ -301,7 +301,7 @@ def _paper_look(method):
 def _draw_paper(ax, said, floor):  # → what lies below the picture: (x, value, colour)
     for method, lines in said.groupby("method", sort=False):
         lines = lines.sort_values("nominal")
-        ax.plot(lines.nominal, lines.paper.clip(lower=floor), **_paper_look(method))
+        ax.plot(lines.nominal, lines.paper, **_paper_look(method))
     below = said[said.paper < floor]
     return [(x, value, "0.5") for x, value in zip(below.nominal, below.paper)]
 
@@ -309,9 +309,8 @@ def _draw_paper(ax, said, floor):  # → what lies below the picture: (x, value,
 def _draw_ours(ax, ended, floor):  # → what lies below the picture: (x, value, colour)
     for method, lines in ended.groupby("method", sort=False):
         lines = lines.sort_values("x")
-        error = lines.error.where(lines.change >= floor)
         style = dict(label=method, markersize=7, linewidth=1.2, capsize=3, zorder=4)
-        ax.errorbar(lines.x, lines.change.clip(lower=floor), error, **method_look(method), **style)
+        ax.errorbar(lines.x, lines.change, lines.error, **method_look(method), **style)
     below = ended[ended.change < floor]
     return [(line.x, line.change, method_look(line.method)["color"]) for line in below.itertuples()]
 
@@ -361,7 +360,7 @@ def change_figure(
     _arrows(ax, lost, floor)
     _draw_dense(ax, frame[dense & (frame.ended > 0)])
     ax.set(xlabel=label, ylabel="change of top-1 accuracy, points\n(± one standard error)")
-    ax.set_ylim(floor, None)
+    ax.set_ylim(floor, max(0, *points.change.dropna()) - 0.08 * floor)
     _change_legend(fig, ax, points, said)
     return fig
 
