@@ -7,7 +7,7 @@ named = $(shell echo $(1) | tr A-Z a-z | sed -E 's/(^|_)k$$/\1K/')
 PARAMETERS = $(foreach v,$(GIVEN),-p $(call named,$(v)) '$($(v))')
 ONE_THREAD := OMP_NUM_THREADS=1
 
-.PHONY: retrain test lowest paper bench lenet lab export docs docs-serve
+.PHONY: retrain test lowest paper bench lab export docs docs-serve
 retrain: .venv
 	$(BIN)/deepkmeans retrain $(foreach v,$(GIVEN),'$(call named,$(v))=$($(v))')
 
@@ -20,12 +20,9 @@ test: .venv
 lowest:
 	PYTHON=$(PYTHON) .ci/lowest
 
-lenet: .venv
-	$(BIN)/papermill nbs/paper/lenet_regularizers.ipynb runs/lenet_regularizers.ipynb --log-output --no-progress-bar -p execute True -p save True
-
 # make paper PROTOCOL=smoke|cpu|full SEEDS=3: every notebook of nbs/paper, with the runs that it lacks
 paper: .venv
-	$(BIN)/python -c "from deepkmeans.paper.suite import reproduce; reproduce('all', '$(or $(PROTOCOL),cpu)', $(or $(SEEDS),None))"
+	$(BIN)/deepkmeans reproduce all --protocol $(or $(PROTOCOL),cpu) $(if $(SEEDS),--seeds $(SEEDS))
 
 # The k-means engine against its peers, half an hour on an otherwise idle machine; make bench DEVICE=cuda: on a GPU
 bench: .venv

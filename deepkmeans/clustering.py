@@ -41,7 +41,7 @@ def decode(
     codebook: torch.Tensor, # (k, d)
 ) -> torch.Tensor: # (n, d)
     """The rows that the codes stand for, codebook[codes]."""
-    return codebook[codes]
+    return codebook[codes.long()]
 
 # %% ../nbs/01_clustering.ipynb #space
 WORKSPACE = 2**27 # bytes; the largest temporary of a search

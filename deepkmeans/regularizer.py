@@ -422,8 +422,15 @@ def _check_arguments(kind, strength, refresh_every, bits):
         raise ValueError(f"strength={strength!r} must be a finite number, at least 0")
     if refresh_every < 1:
         raise ValueError(f"refresh_every={refresh_every} must be at least 1")
-    if bits is not None and not (kind == "hard" and bits > 0):
-        raise ValueError(f"bits={bits} must be above 0, and kind={kind!r} must be 'hard'")
+    counted = isinstance(bits, (int, float)) and bits > 0 and isfinite(bits)
+    if bits is not None and not (kind == "hard" and counted):
+        raise ValueError(f"bits={bits!r} must be a finite number above 0, and kind={kind!r} must be 'hard'")
+
+# %% ../nbs/04_regularizer.ipynb #pins
+def _check_pins(plan):
+    if elsewhere := [name for name, layer in plan.items() if layer.sparsity and not layer.pinned]:
+        raise ValueError(f"sparse_at={plan[elsewhere[0]].sparse_at!r} of layer {elsewhere[0]!r} must be 'zero': "
+                         "kind='hard' pins rows there and nowhere else")
 
 # %% ../nbs/04_regularizer.ipynb #regularizer
 class Regularizer:
@@ -435,8 +442,8 @@ class Regularizer:
     penalties: add `penalty()` to the loss; `refresh()` is due every `refresh_every` epochs (the paper's lazy update
     of F). `"none"` does nothing.
 
-    Raises `ValueError` for an unknown kind, a bad strength and layers that `share` would refuse, and `RuntimeError`
-    for a call that the kind does not have.
+    Raises `ValueError` for an unknown kind, a bad strength, layers that `share` would refuse and rows that "hard" is
+    to pin elsewhere than at zero, and `RuntimeError` for a call that the kind does not have.
     """
 
     def __init__(
@@ -459,6 +466,7 @@ class Regularizer:
         self.bits = bits
         self.seed = seed
         if kind == "hard":
+            _check_pins(plan)
             found = cluster_layers(self.layers, plan, seed=seed, backend=backend)
             states = {name: _first_state(m.weight, plan[name], found[name]) for name, m in self.layers.items()}
             with torch.no_grad():

@@ -8,7 +8,7 @@ __all__ = ['Codes', 'centroids', 'SharedWeight', 'cluster', 'planned_layers', 's
 
 # %% ../nbs/03_sharing.ipynb #imports
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 
@@ -104,6 +104,7 @@ class SharedWeight(Codes):
     """
 
     known = None  # a codebook (k, d) that stands for those means while it is attached
+    order = ()  # of the layer's parameters before it was attached
 
     def __init__(
         self,
@@ -150,6 +151,7 @@ class SharedWeight(Codes):
         device = module.weight.device
         shared = cls(codes, len(codebook), module.weight.shape, layout, pinned).to(device)
         shared.known = codebook.detach().to(device, copy=True)
+        shared.order = tuple(module._parameters)
         parametrize.register_parametrization(module, "weight", shared, unsafe=unsafe)
         shared.known = None
         module.parametrizations.weight.original.grad = None  # what there is has the shape of the weight
@@ -160,13 +162,13 @@ def _rows_to_cluster(weight, plan):  # (n, d), at least float32
     return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
 # %% ../nbs/03_sharing.ipynb #from
-def _from(rows, plan, codes, seed, backend, max_iter):
+def _from(rows, plan, codes, seed, backend):
     k = min(plan.clusters(len(rows)), len(rows))
     start = "k-means++"
     if codes is not None:
         k = int(codes.max()) + 1
-        start = centroids(rows, codes, k, plan.sparsity > 0)  # (k, d)
-    return kmeans(rows, k, init=start, pinned_zero=plan.sparsity, seed=seed, backend=backend, max_iter=max_iter)
+        start = centroids(rows, codes.to(rows.device), k, plan.sparsity > 0)  # (k, d)
+    return kmeans(rows, k, init=start, pinned_zero=plan.sparsity, seed=seed, backend=backend)
 
 # %% ../nbs/03_sharing.ipynb #cluster
 def cluster(
@@ -176,13 +178,12 @@ def cluster(
     codes: torch.Tensor | None = None, # (n,) codes to start from; None: k-means++
     seed: int = 0, # seed of the k-means
     backend: str = "auto", # back end of the k-means
-    max_iter: int = 100, # at most so many iterations of Lloyd
 ) -> Clustering:
     """The k-means of one layer's rows under its plan (paper, section 2.3), warm-started where codes are given."""
     rows = _rows_to_cluster(weight, plan)
     if plan.sparsity and not plan.pinned:
-        return _around_mean(rows, plan, codes, seed, backend, max_iter)
-    return _from(rows, plan, codes, seed, backend, max_iter)
+        return _around_mean(rows, plan, codes, seed, backend)
+    return _from(rows, plan, codes, seed, backend)
 
 # %% ../nbs/03_sharing.ipynb #around-mean
 def _around_mean(rows, plan, *how):
@@ -215,6 +216,8 @@ def _not_numbers(weight):  # why a tensor cannot be clustered, or None
         return "has a weight without values yet"
     if weight.layout != torch.strided or not weight.is_floating_point():
         return f"has a weight of {weight.dtype}, {weight.layout}; it must be dense real floating-point numbers"
+    if weight.dim() < 2:
+        return f"has a weight of shape {tuple(weight.shape)}; it must have at least two axes: (out, in, *kernel)"
     if not torch.isfinite(weight).all():
         return "has a weight that holds NaN or infinite values"
 
@@ -234,15 +237,18 @@ def _owners(model):  # {place: names of the parameters that begin there}; a modu
 # %% ../nbs/03_sharing.ipynb #planned-layers
 def planned_layers(
     model: nn.Module, # the network
-    plan: dict[str, LayerPlan], # what each layer gets
+    plan: Iterable[str], # names of layers, such as a plan is of
 ) -> dict: # {layer name: module}
-    """The planned modules, checked: each weight is dense, real, finite, no product of other tensors, and in use once.
+    """The modules of these names. Each weight is dense, real, finite, in use once and computed from nothing else.
 
     Raises `ValueError` that names the layer.
     """
-    modules = dict(model.named_modules())
+    modules, everywhere = (dict(model.named_modules(remove_duplicate=once)) for once in (True, False))
     owners = _owners(model)
     for name in plan:
+        if name not in modules and (module := everywhere.get(name)):
+            first = next(known for known, other in modules.items() if other is module)
+            raise ValueError(f"plan names {name!r}, which is layer {first!r} under another name")
         if name not in modules or not isinstance(getattr(modules[name], "weight", None), torch.Tensor):
             raise ValueError(f"plan names {name!r}, which is no layer with a weight")
         if problem := _made_elsewhere(modules[name]) or _not_numbers(modules[name].weight):
@@ -297,7 +303,6 @@ def cluster_layers(
     codes: dict[str, torch.Tensor] | None = None, # {layer name: codes (n,) to start from}; others start with k-means++
     seed: int | torch.Generator = 0, # seed of every layer's k-means; from a torch.Generator each draws its own
     backend: str = "auto", # back end of the k-means
-    max_iter: int = 100, # at most so many iterations of Lloyd
     progress: bool = False, # show a progress bar?
 ) -> dict: # {layer name: Clustering}
     """The k-means of each layer under its plan, on a CPU side by side."""
@@ -305,7 +310,7 @@ def cluster_layers(
     start = codes or {}
 
     def one(name, weight):
-        return cluster(weight, plan[name], codes=start.get(name), seed=seeds[name], backend=backend, max_iter=max_iter)
+        return cluster(weight, plan[name], codes=start.get(name), seed=seeds[name], backend=backend)
 
     return side_by_side(one, {name: m.weight for name, m in layers.items()}, "share", progress)
 
@@ -321,7 +326,7 @@ class SharingReport(Report):
 
     @property
     def capped(self) -> list:
-        """Names of the layers whose k shrank to their number of distinct rows."""
+        """Names of the layers with fewer clusters than wanted, for want of distinct rows or of rows with such codes."""
         return [line["layer"] for line in self.lines if line["k"] < line["k_wanted"]]
 
     def __str__(self):
@@ -353,10 +358,11 @@ def _check_codes(name, codes, n):
 def _clustered_as(name, weight, plan, codes):
     rows = _rows_to_cluster(weight, plan)  # (n, d)
     _check_codes(name, codes, len(rows))
-    used = codes.long().unique()  # sorted
+    codes = codes.long().to(rows.device)
+    used = codes.unique()  # sorted
     if plan.pinned and used[0] > 0:
         used = torch.cat([used.new_zeros(1), used])  # the pinned centre stays, whether rows have it or not
-    new = torch.searchsorted(used, codes.long().to(used.device))  # (n,)
+    new = torch.searchsorted(used, codes)  # (n,)
     codebook = centroids(rows, new, len(used), plan.pinned)  # (k, d)
     inertia = float((rows - codebook.index_select(0, new)).double().square().sum())
     return Clustering(codebook, new, inertia, 0)
@@ -449,13 +455,20 @@ def _own_class(module):  # a deep copy has the class of its original, from which
     cls = type(module)
     module.__class__ = type(cls.__name__, cls.__bases__, dict(cls.__dict__))
 
+# %% ../nbs/03_sharing.ipynb #reorder
+def _reorder(parameters, names):  # a dict, in place: these names first
+    kept = {name: parameters[name] for name in dict.fromkeys([*names, *parameters]) if name in parameters}
+    parameters.clear()
+    parameters.update(kept)
+
 # %% ../nbs/03_sharing.ipynb #unshare
 def unshare(
     model: nn.Module, # the network; changed in place
-):
+) -> nn.Module: # the network
     """Bake codebook[codes] into ordinary dense weights; the network computes what it did before."""
     modules = dict(model.named_modules())
-    for name in shared_layers(model):
+    for name, shared in shared_layers(model).items():
         _own_class(modules[name])
         parametrize.remove_parametrizations(modules[name], "weight", leave_parametrized=True)
+        _reorder(modules[name]._parameters, shared.order)
     return model

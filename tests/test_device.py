@@ -13,6 +13,10 @@ from pretended_cuda import pretended_cuda
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deepkmeans.clustering import KMeans, encode, kmeans
+from deepkmeans.models import build
+from deepkmeans.plan import make_plan
+from deepkmeans.rows import to_rows
+from deepkmeans.sharing import centroids, cluster, share
 
 REAL = torch.cuda.is_available()
 matplotlib.use("Agg")
@@ -129,6 +133,21 @@ def test_the_estimator_takes_tensors_of_the_device(cuda):
     assert fitted.predict(rows).is_cuda and torch.equal(fitted.predict(rows).cpu(), fitted.labels_.cpu())
 
 
+def test_codes_that_were_found_on_the_cpu_are_shared_on_the_device(cuda):
+    net = build("lenet5")
+    plan = make_plan(net, k=6)
+    codes = {name: kmeans(to_rows(net.get_submodule(name).weight.detach()), 6).codes for name in plan}
+    dense = net.conv1.weight.detach().clone()
+    net.to("cuda")
+    again = cluster(net.conv1.weight, plan["conv1"], codes=codes["conv1"])
+    assert again.codes.is_cuda and again.codes.tolist() == codes["conv1"].tolist()
+    share(net, plan, codes=codes)
+    assert net.conv1.weight.is_cuda
+    torch.testing.assert_close(
+        to_rows(net.conv1.weight).cpu(), centroids(to_rows(dense), codes["conv1"], 6)[codes["conv1"]]
+    )
+
+
 def execute(notebook, **parameters):  # in this process, where the device is
     names = {}
     for cell in nbformat.read(notebook, as_version=4).cells:
@@ -147,7 +166,7 @@ FEW = dict(train_images=128, test_images=64, baseline_epochs=1, epochs=1)
     [
         dict(epochs=2, kind="spectral", strength=1e-3, refresh_every=1, amp=True),
         dict(sparsity=0.3, amp=True),
-        dict(sparsity=0.3, sparse_at="mean", K=16),
+        dict(kind="none", sparsity=0.3, sparse_at="mean", K=16),
         dict(layout="scalar"),
     ],
     ids=str,
