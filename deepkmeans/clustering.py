@@ -10,18 +10,11 @@ import hashlib
 import inspect
 import operator
 import os
-import signal
-import stat
-import subprocess
-import sys
-import tempfile
 import warnings
 from contextlib import contextmanager
 from functools import lru_cache
-from importlib.metadata import version
 from importlib.util import find_spec
 from math import frexp, log
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -225,100 +218,14 @@ def _search_tree(codebook):
         return tuple(map(torch.from_numpy, find(queries.numpy(), begin)))
     return search
 
-# %% ../nbs/01_clustering.ipynb #own-folder
-def _own_folder(path):  # in a place where others may write too: what is compiled there is run
-    try:
-        path.mkdir(mode=0o700)
-    except FileExistsError:
-        found = path.lstat()
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-            what = "is not a folder that is this user's and closed to others; remove it"
-            raise PermissionError(f"{path} {what}") from None
-    return path
-
-# %% ../nbs/01_clustering.ipynb #keops-outcome
-_PATIENCE = 300  # seconds that KeOps may take to compile and answer
-
-
-def _outcome(words, seconds):  # of a command: what went wrong, or nothing
-    path = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    how = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    with subprocess.Popen(words, env=os.environ | path, **how) as process:
-        try:
-            said = process.communicate(timeout=seconds)[1].strip()
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # and the compiler that it started
-            return f"no answer in {seconds} seconds"
-    if process.returncode < 0:
-        return f"its process died of {signal.Signals(-process.returncode).name}"
-    return said.split("\n")[-1] if process.returncode else ""
-
-# %% ../nbs/01_clustering.ipynb #fingerprint
-def _short_hash(value):  # a number of 48 bits
-    data = value.cpu().numpy().tobytes() if isinstance(value, torch.Tensor) else repr(value).encode()
-    return int.from_bytes(hashlib.sha256(data).digest()[:6], "big")
-
-# %% ../nbs/01_clustering.ipynb #search-keops
-def _keops_search(queries, codebook, top):
-    import pykeops
-    from pykeops.torch import LazyTensor
-
-    pykeops.set_verbose(False)
-    gap = LazyTensor(queries[:, None]) - LazyTensor(codebook[None])  # (m, k, d), symbolic
-    return gap.square().sum(-1).argKmin(top, dim=1)  # (m, top)
-
-# %% ../nbs/01_clustering.ipynb #keops-trial
-def _keops_trial(d, top, device):  # in a process of its own: does KeOps find what float64 finds?
-    d = int(d)
-    top = int(top)
-    draw = torch.Generator().manual_seed(0)
-    rows, centres = (torch.randn(size, d, generator=draw).to(device) for size in (50, 9))
-    found = _keops_search(rows, centres, top)  # (50, top)
-    squares = torch.cdist(rows.double(), centres.double())  # (50, 9)
-    if not torch.equal(found, squares.topk(top, largest=False).indices):
-        raise SystemExit("it does not find the nearest centres")
-
-# %% ../nbs/01_clustering.ipynb #keops-tried
-def _tried(folder, d, top, device):  # what went wrong when it was tried, now or by another process
-    card = torch.cuda.get_device_name(device) if "cuda" in device else device
-    told = folder / f"trial-{_short_hash([d, top, card]):x}"
-    if not told.exists():
-        program = f"from deepkmeans.clustering import _keops_trial; _keops_trial({d}, {top}, {device!r})"
-        told.write_text(_outcome([sys.executable, "-c", program], _PATIENCE))
-    return told.read_text()
-
-# %% ../nbs/01_clustering.ipynb #keops-folder
-def _keops_folder():  # for what KeOps compiles with these versions and this compiler, in this user's hands
-    versions = [version(package) for package in ("pykeops", "torch")]
-    compiler = [os.environ.get(name) for name in ("CXX", "CXXFLAGS")]
-    name = f"deepkmeans-keops-{os.getuid()}-{_short_hash([sys.version, versions, compiler]):x}"
-    folder = _own_folder(Path(tempfile.gettempdir()) / name)
-    os.environ.setdefault("KEOPS_CACHE_FOLDER", str(folder))
-    return folder
-
-# %% ../nbs/01_clustering.ipynb #keops-works
-@lru_cache(None)
-def _keops_fault(d, top, device):  # why it cannot be used, or nothing; one process at a time compiles
-    try:
-        import fcntl
-
-        folder = _keops_folder()
-        with open(folder / "lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            fault = _tried(folder, d, top, device)
-            if not fault:
-                _keops_search(torch.zeros(2, d, device=device), torch.zeros(2, d, device=device), top)
-            return fault and f"{fault}; set CXX to another C++ compiler, or remove {folder} to have it tried again"
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-
 # %% ../nbs/01_clustering.ipynb #search-keops-code
 def _search_keops(codebook, top):
-    fault = _keops_fault(codebook.shape[1], top, str(codebook.device))
-    if fault:
-        warnings.warn(f"backend='keops' does not work here ({fault}); using 'torch'", stacklevel=2)
+    from deepkmeans.keops import fault, nearest
+
+    if why := fault(codebook.shape[1], top, str(codebook.device)):
+        warnings.warn(f"backend='keops' does not work here ({why}); using 'torch'", stacklevel=2)
         return _search_torch(codebook, top)
-    return lambda queries: _keops_search(queries.contiguous(), codebook, top)  # (m, top)
+    return lambda queries: nearest(queries.contiguous(), codebook, top)  # (m, top)
 
 # %% ../nbs/01_clustering.ipynb #search-triton
 _LONGEST = 10  # numbers in a row for `triton`; matrix products are faster on longer ones
@@ -878,6 +785,11 @@ def _together(group, rows):  # an error in one process of the group becomes one 
         raise problem
     if failed:
         raise ValueError("another process of the group refused its arguments; its error says why")
+
+# %% ../nbs/01_clustering.ipynb #fingerprint
+def _short_hash(value):  # a number of 48 bits
+    data = value.cpu().numpy().tobytes() if isinstance(value, torch.Tensor) else repr(value).encode()
+    return int.from_bytes(hashlib.sha256(data).digest()[:6], "big")
 
 # %% ../nbs/01_clustering.ipynb #check-same
 def _check_same(group, device, **arguments):

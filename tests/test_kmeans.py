@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.cluster import KMeans as Reference
 
-from deepkmeans import clustering
+from deepkmeans import clustering, keops
 from deepkmeans.clustering import BACKENDS, KMeans, decode, encode, kmeans
 
 GENERAL = ("torch", "faiss", "tree")
@@ -165,7 +165,6 @@ def test_plusplus_is_as_good_as_scikit_learns():
         return float(encode(rows, torch.as_tensor(centres))[1].sum())
 
     theirs = np.mean([cost(kmeans_plusplus(rows.numpy(), 60, random_state=s)[0]) for s in range(12)])
-    space = clustering._space(rows)
     for x in (rows, rows.repeat(10, 1)):  # plain, and from a million pairs on the tree
         space = clustering._space(x)
         ours = np.mean(
@@ -342,12 +341,12 @@ HANG = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import ti
 
 
 @pytest.fixture
-def keops(tmp_path, monkeypatch):  # a library in the place of KeOps
-    monkeypatch.setattr(clustering.tempfile, "gettempdir", lambda: str(tmp_path))
-    monkeypatch.setattr(clustering, "version", lambda package: "0")
+def put_in_place(tmp_path, monkeypatch):  # of KeOps, a library of this source
+    monkeypatch.setattr(keops.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(keops, "version", lambda package: "0")
     monkeypatch.delenv("KEOPS_CACHE_FOLDER", raising=False)
     monkeypatch.syspath_prepend(tmp_path)
-    clustering._keops_fault.cache_clear()
+    keops.fault.cache_clear()
 
     def replace(source):
         (tmp_path / "pykeops").mkdir(exist_ok=True)
@@ -356,7 +355,7 @@ def keops(tmp_path, monkeypatch):  # a library in the place of KeOps
         )
 
     yield replace
-    clustering._keops_fault.cache_clear()
+    keops.fault.cache_clear()
     monkeypatch.delenv("KEOPS_CACHE_FOLDER", raising=False)
 
 
@@ -370,14 +369,14 @@ def keops(tmp_path, monkeypatch):  # a library in the place of KeOps
     ],
     ids=["crash", "hang", "error"],
 )
-def test_keops_that_does_not_work_stays_in_a_child(keops, tmp_path, monkeypatch, source, said):
-    keops(source)
-    monkeypatch.setattr(clustering, "_PATIENCE", 6)
+def test_keops_that_does_not_work_stays_in_a_child(put_in_place, tmp_path, monkeypatch, source, said):
+    put_in_place(source)
+    monkeypatch.setattr(keops, "_PATIENCE", 6)
     rows, began = normal(200, 3), time.monotonic()
     for _ in range(2):  # the second from what the first kept
         with pytest.warns(UserWarning, match=f"backend='keops' does not work here .{said}.*using 'torch'"):
             found = encode(rows, rows[:9], backend="keops")
-        clustering._keops_fault.cache_clear()
+        keops.fault.cache_clear()
     assert torch.equal(found[0], encode(rows, rows[:9], backend="torch")[0]) and time.monotonic() - began < 30
     assert (tmp_path / "tried").read_text() == ".", "one process has tried it, once"
 
@@ -391,8 +390,8 @@ class LazyTensor:
 """
 
 
-def test_keops_that_finds_the_wrong_centres_is_declined(keops, tmp_path):
-    keops("def set_verbose(value): pass")
+def test_keops_that_finds_the_wrong_centres_is_declined(put_in_place, tmp_path):
+    put_in_place("def set_verbose(value): pass")
     (tmp_path / "pykeops" / "torch.py").write_text(WRONG)
     rows = normal(200, 3)
     with pytest.warns(UserWarning, match="it does not find the nearest centres; set CXX"):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from sklearn.cluster import KMeans as Reference
 
-from deepkmeans import clustering, intervals
+from deepkmeans import clustering, intervals, keops
 from deepkmeans.clustering import KMeans, encode, kmeans
 
 GENERAL = ("torch", "faiss", "tree")
@@ -428,10 +428,10 @@ def test_what_keops_compiles_goes_into_a_folder_of_this_user_alone(tmp_path, pla
     if planted == "another's":
         monkeypatch.setattr(os, "getuid", lambda: path.stat().st_uid + 1)
     with pytest.raises(PermissionError, match="is not a folder that is this user's"):
-        clustering._own_folder(path)
+        keops._own_folder(path)
     monkeypatch.undo()
-    fresh = clustering._own_folder(tmp_path / "fresh")
-    assert clustering._own_folder(fresh) == fresh and fresh.stat().st_mode & 0o777 == 0o700
+    fresh = keops._own_folder(tmp_path / "fresh")
+    assert keops._own_folder(fresh) == fresh and fresh.stat().st_mode & 0o777 == 0o700
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
