@@ -62,9 +62,9 @@ def _sample(dense, input_shape, free=128):  # (2, c, h, w), of the network's typ
     return torch.zeros(2, *(size or free for size in input_shape), dtype=dtype)
 
 # %% ../nbs/10_export.ipynb #used
-def _used(dense, batch):  # names of the modules that run
-    used = set()
-    hooks = [m.register_forward_hook(lambda *_, name=name: used.add(name)) for name, m in dense.named_modules()]
+def _ran(dense, batch):  # names of the modules that run
+    ran = set()
+    hooks = [m.register_forward_hook(lambda *_, name=name: ran.add(name)) for name, m in dense.named_modules()]
     try:
         with torch.no_grad():
             dense(batch)
@@ -74,7 +74,7 @@ def _used(dense, batch):  # names of the modules that run
     finally:
         for hook in hooks:
             hook.remove()
-    return used
+    return ran
 
 # %% ../nbs/10_export.ipynb #export
 def _export(dense, batch, input_shape, opset):
@@ -89,13 +89,12 @@ def _export(dense, batch, input_shape, opset):
         raise ValueError(f"input_shape={tuple(input_shape)}: torch cannot export the network ({why})") from error
 
 # %% ../nbs/10_export.ipynb #constant
-def _initializer(graph, layer, dense):  # the initializer that holds these numbers
+def _initializer(graph, dense):  # the initializer that holds these numbers, or None
     from onnx import numpy_helper
 
     for constant in graph.initializer:
         if tuple(constant.dims) == dense.shape and numpy_helper.to_array(constant).tobytes() == dense.tobytes():
             return constant
-    raise ValueError(f"layer {layer!r} is shared, but its weight is not a constant of the exported graph")
 
 # %% ../nbs/10_export.ipynb #codebook
 def _codebook(shared, weight):  # (k, d), as the network uses it
@@ -104,10 +103,13 @@ def _codebook(shared, weight):  # (k, d), as the network uses it
     return empty.index_copy_(0, shared.codes.long().cpu(), rows)
 
 # %% ../nbs/10_export.ipynb #subgraph
-def _weight_nodes(graph, layer, shared, weight, opset):  # replace one initializer of the graph by codebook[codes]
+def _weight_nodes(graph, layer, shared, weight, opset):
+    """Replace the initializer of the graph that is this weight by codebook[codes]; none where there is no such one."""
     from onnx import TensorProto, helper, numpy_helper
 
-    constant = _initializer(graph, layer, weight.cpu().numpy())
+    constant = _initializer(graph, weight.cpu().numpy())
+    if constant is None:
+        return []
     graph.initializer.remove(constant)
     codebook, codes, indexes, rows, shape = (f"{layer}.{p}" for p in ("codebook", "codes", "indexes", "rows", "shape"))
     graph.initializer.extend([numpy_helper.from_array(_codebook(shared, weight).numpy(), codebook),
@@ -127,15 +129,16 @@ def _without_notes(proto):  # the nodes without what torch notes about the sourc
     return list(graph.node)
 
 # %% ../nbs/10_export.ipynb #share-graph
-def _share_graph(proto, model, dense, used, opset):
-    nodes = []
+def _share_graph(proto, model, dense, ran, opset):
+    made = []
     for layer, shared in shared_layers(model).items():
-        if layer in used:
-            weight = dense.get_submodule(layer).weight.detach()
-            nodes += _weight_nodes(proto.graph, layer, shared, weight, opset)
-    nodes += _without_notes(proto)
+        nodes = _weight_nodes(proto.graph, layer, shared, dense.get_submodule(layer).weight.detach(), opset)
+        if layer in ran and not nodes:
+            raise ValueError(f"layer {layer!r} is shared, but its weight is not a constant of the exported graph")
+        made += nodes
+    made += _without_notes(proto)
     del proto.graph.node[:]
-    proto.graph.node.extend(nodes)
+    proto.graph.node.extend(made)
 
 # %% ../nbs/10_export.ipynb #to-onnx
 def to_onnx(
@@ -150,18 +153,18 @@ def to_onnx(
     Networks of float16, float32 and float64 keep their type. The file appears whole or not at all. Raises `ImportError`
     when onnx or onnxscript is missing, and `ValueError` for an operator set below 18 or above that of the onnx
     installed, for an image on which the network does not run, for a network that torch cannot export (what it does
-    depends on the numbers in an image, or on a size that shall be free), and when a shared weight that is used is not
-    in the graph.
+    depends on the numbers in an image, or on a size that shall be free), and when the shared weight of a module
+    that runs is not in the graph.
     """
     onnx = _onnx()
     _check_export(onnx, input_shape, opset)
     dense = unshare(deepcopy(model)).eval().cpu()
     batch = _sample(dense, input_shape)
-    used = _used(dense, batch)
+    ran = _ran(dense, batch)
     if None in input_shape:  # torch would export a network that only takes its sample
-        _used(dense, _sample(dense, input_shape, free=96))
+        _ran(dense, _sample(dense, input_shape, free=96))
     proto = _export(dense, batch, input_shape, opset)
-    _share_graph(proto, model, dense, used, opset)
+    _share_graph(proto, model, dense, ran, opset)
     onnx.checker.check_model(proto)
     write_file(path, proto.SerializeToString())
     return Path(path)

@@ -102,6 +102,18 @@ def test_dictionaries_are_exported_and_shared_heads_that_do_not_run_are_left_out
     assert b"aux" not in (tmp_path / "net.onnx").read_bytes()
 
 
+def test_a_weight_that_is_used_without_its_layer_being_called_is_exported_shared(tmp_path):
+    torch.manual_seed(0)  # attention multiplies by the weight of out_proj itself
+    net = nn.Sequential(nn.Flatten(2), nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)).eval()
+    report = dk.share(net, dk.make_plan(net, k=4, include=nn.Linear))
+    path = dk.to_onnx(net, tmp_path / "net.onnx", (8, 4, 4))
+    names = {i.name for i in onnx.load(path).graph.initializer}
+    assert {f"{line['layer']}.codebook" for line in report.lines} <= names and len(report.lines) == 3
+    assert "1.self_attn.out_proj.weight" not in names
+    x = torch.randn(2, 8, 4, 4)
+    torch.testing.assert_close(runs(path, x), net(x), rtol=1e-4, atol=1e-5)
+
+
 def test_a_transposed_convolution_is_exported_shared(tmp_path):
     net, x = nn.Sequential(nn.ConvTranspose2d(3, 6, 3, stride=2, groups=3)).eval(), torch.randn(3, 3, 8, 8)
     dk.share(net, dk.make_plan(net, k=4))
