@@ -15,6 +15,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..accounting import FLOAT_BITS, index_bits
+from ..plan import LAYERS
 from ..retrain import _begin_epoch, classification_loss
 
 # %% ../../nbs/21_sws.ipynb #mixture
@@ -83,7 +84,7 @@ def prior_weights(
     model: nn.Module, # the network
 ) -> list: # the weights of its convolutions and linear layers
     """What the prior is on."""
-    return [m.weight for m in model.modules() if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear))]
+    return [m.weight for m in model.modules() if isinstance(m, LAYERS)]
 
 # %% ../../nbs/21_sws.ipynb #adam
 def _adam(model, mixture, lr, speed):  # a learning rate for the weights, and one for each part of the mixture
@@ -195,7 +196,7 @@ def sparse_bits(
 
 # %% ../../nbs/21_sws.ipynb #unshared
 def _unshared(model):  # numbers of the layers under the prior that are no weights: biases
-    layers = [m for m in model.modules() if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear))]
+    layers = [m for m in model.modules() if isinstance(m, LAYERS)]
     return sum(p.numel() for m in layers for name, p in m.named_parameters(recurse=False) if name != "weight")
 
 # %% ../../nbs/21_sws.ipynb #soft-bits
