@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ..accounting import FLOAT_BITS, compression
-from ..plan import CONVOLUTIONS, layers_of
+from ..plan import CONVOLUTIONS, dense_layers, excluded_layers, layers_of
 from ..reports import Report, as_text
 from ..sharing import planned_layers
 
@@ -39,10 +39,10 @@ def _factor_line(name, weight, ranks, factors, error):
     shape = "×".join(map(str, weight.shape))
     return dict(layer=name, shape=shape, ranks=tuple(ranks), weights=weight.numel(), factors=factors, error=error)
 
-# %% ../../nbs/24_lowrank.ipynb #others
-def _others(model, layers):  # layers with weights that nobody asked to factor
-    weighted = [name for name, module in model.named_modules() if isinstance(module, (*CONVOLUTIONS, nn.Linear))]
-    return {name: "not asked for" for name in weighted if name not in layers}
+# %% ../../nbs/24_lowrank.ipynb #to-factor
+def _to_factor(model, include, exclude):  # → {layer name: module}, checked, and a report
+    layers = planned_layers(model, layers_of(model, include, exclude))
+    return layers, FactorReport([], dense_layers(model, layers, excluded_layers(model, include, exclude)))
 
 # %% ../../nbs/24_lowrank.ipynb #random-dictionary
 class RandomDictionary(nn.Module):
@@ -90,8 +90,7 @@ def random_dictionary(
     """
     if not ratio >= 1:
         raise ValueError(f"ratio={ratio} must be at least 1")
-    layers = planned_layers(model, layers_of(model, include, exclude))
-    report = FactorReport([], _others(model, layers))
+    layers, report = _to_factor(model, include, exclude)
     for i, (name, layer) in enumerate(layers.items()):
         before = layer.weight.detach()
         atoms = max(1, int(before[0].numel() / ratio))
@@ -186,12 +185,12 @@ def _put(model, name, factors):  # in the place of the layer of this name
 
 # %% ../../nbs/24_lowrank.ipynb #factorise
 def _factorise(model, exclude, factor):  # factor(name, conv) → (factors, ranks, error), or the reason why not
-    layers = planned_layers(model, layers_of(model, nn.Conv2d, exclude))
+    layers, report = _to_factor(model, nn.Conv2d, exclude)
     if "" in layers:
         raise ValueError("model is a convolution itself and cannot be replaced in place; put it into an nn.Sequential")
     made = {name: "grouped" if conv.groups > 1 else factor(name, conv) for name, conv in layers.items()}
     reasons = {name: result for name, result in made.items() if isinstance(result, str)}
-    report = FactorReport([], _others(model, layers) | reasons)
+    report.skipped.update(reasons)
     for name in [name for name in layers if name not in reasons]:
         factors, ranks, error = made[name]
         weight = layers[name].weight

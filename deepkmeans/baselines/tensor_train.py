@@ -14,9 +14,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from .lowrank import FactorReport, _others, _factor_line
-from ..plan import CONVOLUTIONS, layers_of
-from ..sharing import planned_layers
+from .lowrank import FactorReport, _factor_line, _to_factor
+from ..plan import CONVOLUTIONS
 
 # %% ../../nbs/22_tensor_train.ipynb #primes
 def _primes(n):  # the prime factors, largest first
@@ -157,11 +156,10 @@ def tensorize(
     With one tuple of ranks for all layers, those whose cores would not be smaller stay. Raises `ValueError` for ranks
     under 1, of a wrong number, or of an unknown layer; the network is then unchanged.
     """
-    layers = planned_layers(model, layers_of(model, include, exclude))
+    layers, report = _to_factor(model, include, exclude)
     each = _ranks_by_layer(ranks, layers)
     given = isinstance(ranks, dict)
     trains = {name: _train(name, layers[name].weight.shape, each[name], naive) for name in layers if name in each}
-    report = FactorReport([], _others(model, layers))
     generator = torch.Generator().manual_seed(seed)
     for name, layer in layers.items():
         weight = layer.weight.detach()
