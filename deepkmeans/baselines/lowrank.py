@@ -44,6 +44,11 @@ def _to_factor(model, include, exclude):  # → {layer name: module}, checked, a
     layers = planned_layers(model, layers_of(model, include, exclude))
     return layers, FactorReport([], dense_layers(model, layers, excluded_layers(model, include, exclude)))
 
+# %% ../../nbs/24_lowrank.ipynb #check-names
+def _check_layer_names(ranks, layers):
+    if unknown := set(ranks) - set(layers):
+        raise ValueError(f"ranks names {sorted(unknown)}; the layers are {', '.join(layers)}")
+
 # %% ../../nbs/24_lowrank.ipynb #random-dictionary
 class RandomDictionary(nn.Module):
     """The parametrization weight = coefficients (m, r) · dictionary (r, n) (Denil et al. 2013).
@@ -184,10 +189,11 @@ def _put(model, name, factors):  # in the place of the layer of this name
     setattr(model.get_submodule(parent), child, factors)
 
 # %% ../../nbs/24_lowrank.ipynb #factorise
-def _factorise(model, exclude, factor):  # factor(name, conv) → (factors, ranks, error), or the reason why not
+def _factorise(model, exclude, given, factor):  # factor(name, conv) → (factors, ranks, error), or the reason why not
     layers, report = _to_factor(model, nn.Conv2d, exclude)
     if "" in layers:
         raise ValueError("model is a convolution itself and cannot be replaced in place; put it into an nn.Sequential")
+    _check_layer_names(given, layers)
     made = {name: "grouped" if conv.groups > 1 else factor(name, conv) for name, conv in layers.items()}
     reasons = {name: result for name, result in made.items() if isinstance(result, str)}
     report.skipped.update(reasons)
@@ -263,7 +269,7 @@ def tucker(
     """Each k×k convolution becomes 1×1, k×k and 1×1 convolutions (Tucker-2 of Kim et al. 2016, without fine-tuning).
 
     Grouped and 1×1 convolutions, and those whose factors would not be smaller, stay. Raises `ValueError` for ranks out
-    of bounds; the network is then unchanged.
+    of bounds or of an unknown layer; the network is then unchanged.
     """
     first = next((name for name, m in model.named_modules() if isinstance(m, nn.Conv2d)), None)
 
@@ -280,7 +286,7 @@ def tucker(
         factors, error = _tucker_factors(conv, r_in, r_out)
         return factors, (r_in or S, r_out or T), error
 
-    return _factorise(model, exclude, factor)
+    return _factorise(model, exclude, ranks or {}, factor)
 
 # %% ../../nbs/24_lowrank.ipynb #only
 def _only(value, axis, rest):  # a pair whose other half is at rest; a word, such as "same", holds for both
@@ -366,7 +372,7 @@ def separable(
     """Each convolution becomes k×1 and 1×k convolutions, the best of their rank (Tai et al. 2016, without fine-tuning).
 
     Grouped convolutions and those whose factors would not be smaller stay. Raises `ValueError` unless exactly one of
-    energy, ratio and ranks is given, within its bounds.
+    energy, ratio and ranks is given, within its bounds, and for ranks of an unknown layer.
     """
     _check_separable(energy, ratio, ranks)
     planned = planned_layers(model, layers_of(model, nn.Conv2d, exclude))
@@ -392,4 +398,4 @@ def separable(
         error = float(S[K:].square().sum() / S.square().sum().clamp(min=1e-300))
         return _separable_factors(conv, svds[name], K), (K,), error
 
-    return _factorise(model, exclude, factor)
+    return _factorise(model, exclude, chosen, factor)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from .lowrank import FactorReport, _factor_line, _to_factor
+from .lowrank import FactorReport, _check_layer_names, _factor_line, _to_factor
 from ..plan import CONVOLUTIONS
 
 # %% ../../nbs/22_tensor_train.ipynb #primes
@@ -119,8 +119,7 @@ def _draw_cores(parametrization, v, like, generator):  # cores whose product has
 def _ranks_by_layer(ranks, layers):  # {name: ranks}
     if not isinstance(ranks, dict):
         return dict.fromkeys(layers, ranks)
-    if unknown := set(ranks) - set(layers):
-        raise ValueError(f"ranks names {sorted(unknown)}; the layers are {', '.join(layers)}")
+    _check_layer_names(ranks, layers)
     return ranks
 
 # %% ../../nbs/22_tensor_train.ipynb #train
