@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from .lowrank import FactorReport, _factor_line, _to_factor
+from .lowrank import FactorReport, _factor_line, _relative_error, _to_factor
 from ..plan import CONVOLUTIONS
 
 # %% ../../nbs/23_hashing.ipynb #hashes
@@ -182,7 +182,7 @@ def _hash_layers(model, ratio, scratch, include, exclude, seed, make):  # make(l
         parametrize.register_parametrization(layer, "weight", weight.to(before.device))
         if scratch:
             _draw_buckets(layer.parametrizations.weight.original, before, generator)
-        error = float((layer.weight.detach() - before).square().sum() / before.square().sum().clamp(min=1e-30))
+        error = _relative_error(before, layer.weight)
         report.lines.append(_factor_line(name, before, (), weight.buckets, error))
     return report
 

@@ -34,6 +34,10 @@ class FactorReport(Report):
         skipped = "".join(f"\nnot factored: {name} ({reason})" for name, reason in self.skipped.items())
         return (as_text(self.layers) if self.lines else "no layer was factored") + skipped
 
+# %% ../../nbs/24_lowrank.ipynb #relative-error
+def _relative_error(before, after):  # ‖W − Ŵ‖²/‖W‖²
+    return float((after.detach() - before).square().sum() / before.square().sum().clamp(min=1e-30))
+
 # %% ../../nbs/24_lowrank.ipynb #factor-line
 def _factor_line(name, weight, ranks, factors, error):
     shape = "×".join(map(str, weight.shape))
@@ -101,7 +105,7 @@ def random_dictionary(
         atoms = max(1, int(before[0].numel() / ratio))
         factor = RandomDictionary(before.shape, atoms, seed + i).to(before.device, before.dtype)
         parametrize.register_parametrization(layer, "weight", factor)
-        error = float((layer.weight.detach() - before).square().sum() / before.square().sum().clamp(min=1e-30))
+        error = _relative_error(before, layer.weight)
         report.lines.append(_factor_line(name, before, [atoms], len(before) * atoms, error))
     return report
 

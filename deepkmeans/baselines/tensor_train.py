@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from .lowrank import FactorReport, _check_layer_names, _factor_line, _to_factor
+from .lowrank import FactorReport, _check_layer_names, _factor_line, _relative_error, _to_factor
 from ..plan import CONVOLUTIONS
 
 # %% ../../nbs/22_tensor_train.ipynb #primes
@@ -137,7 +137,7 @@ def _replace(layer, train, generator):  # → relative error of the new kernel
         drawn = _draw_cores(train, float(before.square().mean()), before, generator)
         for core, value in zip(layer.parametrizations.weight.parameters(), drawn):
             core.copy_(value)
-    return float((layer.weight - before).square().sum() / before.square().sum().clamp(min=1e-30))
+    return _relative_error(before, layer.weight)
 
 # %% ../../nbs/22_tensor_train.ipynb #tensorize
 def tensorize(
