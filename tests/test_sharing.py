@@ -10,6 +10,7 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import deepkmeans as dk
+from deepkmeans.baselines.dkm import deep_compression, harden, soften
 from deepkmeans.sharing import SharedWeight, share_layers, shared_layers
 
 
@@ -185,6 +186,29 @@ def test_a_layer_that_cannot_be_shared_leaves_all_others_dense(damage, reason):
             call()
         assert not shared_layers(net) and list(net.state_dict()) == names
     dk.share(net, dk.make_plan(net, k=4, exclude="2"))
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_the_codebooks_of_the_baselines_come_to_all_layers_or_to_none(soft, monkeypatch):
+    net = nn.Sequential(*two(), nn.Linear(8, 2))
+    plan = dk.make_plan(net, k=4, layout="scalar")
+    if soft:
+        soften(net, plan)
+    before, attach = copy.deepcopy(net.state_dict()), SharedWeight.attach.__func__
+
+    def interrupted(cls, module, *parts):
+        if module is net[2]:
+            raise KeyboardInterrupt
+        attach(cls, module, *parts)
+
+    monkeypatch.setattr(SharedWeight, "attach", classmethod(interrupted))
+    with pytest.raises(KeyboardInterrupt):
+        harden(net) if soft else deep_compression(net, plan)
+    after = net.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    monkeypatch.undo()
+    report = harden(net) if soft else deep_compression(net, plan)
+    assert set(shared_layers(net)) == {"0", "2"} and report.skipped.keys() == {"3"}
 
 
 def test_a_lazy_layer_is_refused_and_may_be_left_out():

@@ -13,10 +13,9 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from ..clustering import Clustering, encode, kmeans
+from ..plan import Plan, make_plan
 from ..rows import from_rows, to_rows
-from ..sharing import SharedWeight, SharingReport, _describe, _own_class
-from ..plan import make_plan
-from ..sharing import cluster, planned_layers, share_layer
+from ..sharing import SharedWeight, SharingReport, cluster, planned_layers, share_layers, _own_class, _report
 
 # %% ../../nbs/25_dkm.ipynb #attention
 MAX_ATTENTION = 2 ** 26  # entries of the attention that are held at once, 256 MiB in float32
@@ -117,12 +116,13 @@ def dkm_plan(
     layout: str = "scalar", # rows of the large layers
     small: int = 10_000, # layers with fewer weights get 256 clusters of single weights
     **options, # of `make_plan`
-) -> dict: # {layer name: LayerPlan}
+) -> Plan: # {layer name: LayerPlan}
     """The plan of Cho et al. 2022: one k and row length for all layers, but 8 bits a weight for small ones."""
     plan = make_plan(model, k=k, layout=layout, **options)
     eight_bits = make_plan(model, k=256, layout="scalar", **options)
     few = [name for name in plan if model.get_submodule(name).weight.numel() < small]
-    return plan | {name: eight_bits[name] for name in few}
+    plan.update({name: eight_bits[name] for name in few})
+    return plan
 
 # %% ../../nbs/25_dkm.ipynb #check-softening
 def _check_softening(plan, temperature, iterations):
@@ -166,26 +166,41 @@ def _hard_clustering(rows, soft):  # the clustering of the rows by the centres t
     used, codes = codes.unique(return_inverse=True)
     return Clustering(soft.codebook[used], codes, float(distances.sum()), soft.fixed_point["iterations"])
 
+# %% ../../nbs/25_dkm.ipynb #bare
+def _bare(module):  # its weight is the dense one again → the SoftWeight that it had
+    soft = module.parametrizations.weight[0]
+    _own_class(module)
+    parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+    return soft
+
+# %% ../../nbs/25_dkm.ipynb #share-nearest
+def _share_nearest(model, layers, soft):  # soft: {layer name: SoftWeight} → SharingReport
+    plan = {name: own.plan for name, own in soft.items()}
+    rows = {name: to_rows(module.weight.detach(), plan[name].layout) for name, module in layers.items()}
+    found = {name: _hard_clustering(rows[name], soft[name]) for name in layers}
+    report = _report(model, layers, plan, found)
+    share_layers(layers, found, plan)
+    return report
+
 # %% ../../nbs/25_dkm.ipynb #harden
 def harden(
     model: nn.Module, # a network that `soften` changed; changed in place
 ) -> SharingReport:
     """Each soft row takes its nearest centre: the network is then a shared one, as after `share`.
 
-    Centres that nobody takes are dropped. Raises `ValueError` where no layer is soft.
+    Centres that nobody takes are dropped. Raises `ValueError` where no layer is soft, and for weights that hold NaN or
+    infinite values; after this and any other error the network is unchanged.
     """
     soft = {name: module for name, module in model.named_modules() if _is_soft(module)}
     if not soft:
         raise ValueError("no layer of the network is soft; call soften(model, plan) first")
-    report = SharingReport([])
-    for name, module in soft.items():
-        own = module.parametrizations.weight[0]
-        _own_class(module)
-        parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
-        clustering = _hard_clustering(to_rows(module.weight.detach(), own.plan.layout), own)
-        report.lines.append(_describe(name, module.weight, own.plan, clustering))
-        share_layer(module, clustering, own.plan)
-    return report
+    makers = {name: _bare(module) for name, module in soft.items()}
+    try:
+        return _share_nearest(model, soft, makers)
+    except BaseException:
+        for name, module in soft.items():  # without the trial, which would move the centres
+            parametrize.register_parametrization(module, "weight", makers[name], unsafe=True)
+        raise
 
 # %% ../../nbs/25_dkm.ipynb #summed-weight
 class SummedWeight(SharedWeight):
@@ -218,6 +233,14 @@ def _from_grid(weight, layer_plan):  # → Clustering
     backend = "torch" if len(rows) < 1000 else "auto"
     return kmeans(rows, k, init=start, pinned_zero=layer_plan.sparsity, backend=backend)
 
+# %% ../../nbs/25_dkm.ipynb #check-single
+def _check_single_weights(plan):
+    for name, layer_plan in plan.items():
+        if layer_plan.layout != "scalar":
+            raise ValueError(f"layout={layer_plan.layout!r} of layer {name!r} must be 'scalar'")
+        if layer_plan.sparsity and not layer_plan.pinned:
+            raise ValueError(f"sparse_at={layer_plan.sparse_at!r} of layer {name!r} must be 'zero'")
+
 # %% ../../nbs/25_dkm.ipynb #deep-compression
 def deep_compression(
     model: nn.Module, # the network; changed in place
@@ -227,14 +250,12 @@ def deep_compression(
 ) -> SharingReport:
     """Share single weights by k-means from an even grid; training then trains the codebooks (Han et al. 2016).
 
-    Raises `ValueError` for another layout and for layers that `share` would refuse; the network is then unchanged.
+    Raises `ValueError` for another layout, a sparsity that is not at zero, and layers that `share` would refuse; after
+    this and any other error the network is unchanged.
     """
-    if wrong := [name for name, p in plan.items() if p.layout != "scalar"]:
-        raise ValueError(f"layout={plan[wrong[0]].layout!r} of layer {wrong[0]!r} must be 'scalar'")
+    _check_single_weights(plan)
     layers = planned_layers(model, plan)
-    report = SharingReport([])
     found = {name: _from_grid(module.weight, plan[name]) for name, module in layers.items()}
-    for name, module in layers.items():
-        report.lines.append(_describe(name, module.weight, plan[name], found[name]))
-        share_layer(module, found[name], plan[name], SummedWeight if summed else SharedWeight)
+    report = _report(model, layers, plan, found)
+    share_layers(layers, found, plan, SummedWeight if summed else SharedWeight)
     return report

@@ -13,9 +13,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from .lowrank import FactorReport, _others, _factor_line
-from ..plan import CONVOLUTIONS, layers_of
-from ..sharing import planned_layers
+from .lowrank import FactorReport, _factor_line, _relative_error, _to_factor
+from ..plan import CONVOLUTIONS
 
 # %% ../../nbs/23_hashing.ipynb #hashes
 GOLDEN = 0x9E3779B97F4A7C15  # step of splitmix64: 2⁶⁴ over the golden ratio, odd
@@ -174,17 +173,16 @@ def _draw_buckets(buckets, weight, generator):  # uniform, with the mean square 
 
 # %% ../../nbs/23_hashing.ipynb #hash-layers
 def _hash_layers(model, ratio, scratch, include, exclude, seed, make):  # make(layer, shape, buckets, seed) → its weight
-    layers = planned_layers(model, layers_of(model, include, exclude))
+    layers, report = _to_factor(model, include, exclude)
     budgets = _budgets(layers.values(), ratio)
     hashed = [make(layer, layer.weight.shape, budgets[i], seed + i) for i, layer in enumerate(layers.values())]
-    report = FactorReport([], _others(model, layers))
     generator = torch.Generator().manual_seed(seed)
     for (name, layer), weight in zip(layers.items(), hashed):
         before = layer.weight.detach().clone()
         parametrize.register_parametrization(layer, "weight", weight.to(before.device))
         if scratch:
             _draw_buckets(layer.parametrizations.weight.original, before, generator)
-        error = float((layer.weight.detach() - before).square().sum() / before.square().sum().clamp(min=1e-30))
+        error = _relative_error(before, layer.weight)
         report.lines.append(_factor_line(name, before, (), weight.buckets, error))
     return report
 

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ..accounting import FLOAT_BITS, compression
-from ..plan import CONVOLUTIONS, layers_of
+from ..plan import CONVOLUTIONS, dense_layers, excluded_layers, layers_of
 from ..reports import Report, as_text
 from ..sharing import planned_layers
 
@@ -34,15 +34,24 @@ class FactorReport(Report):
         skipped = "".join(f"\nnot factored: {name} ({reason})" for name, reason in self.skipped.items())
         return (as_text(self.layers) if self.lines else "no layer was factored") + skipped
 
+# %% ../../nbs/24_lowrank.ipynb #relative-error
+def _relative_error(before, after):  # ‖W − Ŵ‖²/‖W‖²
+    return float((after.detach() - before).square().sum() / before.square().sum().clamp(min=1e-30))
+
 # %% ../../nbs/24_lowrank.ipynb #factor-line
 def _factor_line(name, weight, ranks, factors, error):
     shape = "×".join(map(str, weight.shape))
     return dict(layer=name, shape=shape, ranks=tuple(ranks), weights=weight.numel(), factors=factors, error=error)
 
-# %% ../../nbs/24_lowrank.ipynb #others
-def _others(model, layers):  # layers with weights that nobody asked to factor
-    weighted = [name for name, module in model.named_modules() if isinstance(module, (*CONVOLUTIONS, nn.Linear))]
-    return {name: "not asked for" for name in weighted if name not in layers}
+# %% ../../nbs/24_lowrank.ipynb #to-factor
+def _to_factor(model, include, exclude):  # → {layer name: module}, checked, and a report
+    layers = planned_layers(model, layers_of(model, include, exclude))
+    return layers, FactorReport([], dense_layers(model, layers, excluded_layers(model, include, exclude)))
+
+# %% ../../nbs/24_lowrank.ipynb #check-names
+def _check_layer_names(ranks, layers):
+    if unknown := set(ranks) - set(layers):
+        raise ValueError(f"ranks names {sorted(unknown)}; the layers are {', '.join(layers)}")
 
 # %% ../../nbs/24_lowrank.ipynb #random-dictionary
 class RandomDictionary(nn.Module):
@@ -90,14 +99,13 @@ def random_dictionary(
     """
     if not ratio >= 1:
         raise ValueError(f"ratio={ratio} must be at least 1")
-    layers = planned_layers(model, layers_of(model, include, exclude))
-    report = FactorReport([], _others(model, layers))
+    layers, report = _to_factor(model, include, exclude)
     for i, (name, layer) in enumerate(layers.items()):
         before = layer.weight.detach()
         atoms = max(1, int(before[0].numel() / ratio))
         factor = RandomDictionary(before.shape, atoms, seed + i).to(before.device, before.dtype)
         parametrize.register_parametrization(layer, "weight", factor)
-        error = float((layer.weight.detach() - before).square().sum() / before.square().sum().clamp(min=1e-30))
+        error = _relative_error(before, layer.weight)
         report.lines.append(_factor_line(name, before, [atoms], len(before) * atoms, error))
     return report
 
@@ -185,13 +193,14 @@ def _put(model, name, factors):  # in the place of the layer of this name
     setattr(model.get_submodule(parent), child, factors)
 
 # %% ../../nbs/24_lowrank.ipynb #factorise
-def _factorise(model, exclude, factor):  # factor(name, conv) → (factors, ranks, error), or the reason why not
-    layers = planned_layers(model, layers_of(model, nn.Conv2d, exclude))
+def _factorise(model, exclude, given, factor):  # factor(name, conv) → (factors, ranks, error), or the reason why not
+    layers, report = _to_factor(model, nn.Conv2d, exclude)
     if "" in layers:
         raise ValueError("model is a convolution itself and cannot be replaced in place; put it into an nn.Sequential")
+    _check_layer_names(given, layers)
     made = {name: "grouped" if conv.groups > 1 else factor(name, conv) for name, conv in layers.items()}
     reasons = {name: result for name, result in made.items() if isinstance(result, str)}
-    report = FactorReport([], _others(model, layers) | reasons)
+    report.skipped.update(reasons)
     for name in [name for name in layers if name not in reasons]:
         factors, ranks, error = made[name]
         weight = layers[name].weight
@@ -264,7 +273,7 @@ def tucker(
     """Each k×k convolution becomes 1×1, k×k and 1×1 convolutions (Tucker-2 of Kim et al. 2016, without fine-tuning).
 
     Grouped and 1×1 convolutions, and those whose factors would not be smaller, stay. Raises `ValueError` for ranks out
-    of bounds; the network is then unchanged.
+    of bounds or of an unknown layer; the network is then unchanged.
     """
     first = next((name for name, m in model.named_modules() if isinstance(m, nn.Conv2d)), None)
 
@@ -281,7 +290,7 @@ def tucker(
         factors, error = _tucker_factors(conv, r_in, r_out)
         return factors, (r_in or S, r_out or T), error
 
-    return _factorise(model, exclude, factor)
+    return _factorise(model, exclude, ranks or {}, factor)
 
 # %% ../../nbs/24_lowrank.ipynb #only
 def _only(value, axis, rest):  # a pair whose other half is at rest; a word, such as "same", holds for both
@@ -367,7 +376,7 @@ def separable(
     """Each convolution becomes k×1 and 1×k convolutions, the best of their rank (Tai et al. 2016, without fine-tuning).
 
     Grouped convolutions and those whose factors would not be smaller stay. Raises `ValueError` unless exactly one of
-    energy, ratio and ranks is given, within its bounds.
+    energy, ratio and ranks is given, within its bounds, and for ranks of an unknown layer.
     """
     _check_separable(energy, ratio, ranks)
     planned = planned_layers(model, layers_of(model, nn.Conv2d, exclude))
@@ -393,4 +402,4 @@ def separable(
         error = float(S[K:].square().sum() / S.square().sum().clamp(min=1e-300))
         return _separable_factors(conv, svds[name], K), (K,), error
 
-    return _factorise(model, exclude, factor)
+    return _factorise(model, exclude, chosen, factor)

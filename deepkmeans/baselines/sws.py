@@ -15,6 +15,8 @@ from torch import nn
 from tqdm import tqdm
 
 from ..accounting import FLOAT_BITS, index_bits
+from ..plan import LAYERS
+from ..retrain import _begin_epoch, classification_loss
 
 # %% ../../nbs/21_sws.ipynb #mixture
 PIECE = 4096  # weights whose scores stay in the cache of a CPU
@@ -82,7 +84,7 @@ def prior_weights(
     model: nn.Module, # the network
 ) -> list: # the weights of its convolutions and linear layers
     """What the prior is on."""
-    return [m.weight for m in model.modules() if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear))]
+    return [m.weight for m in model.modules() if isinstance(m, LAYERS)]
 
 # %% ../../nbs/21_sws.ipynb #adam
 def _adam(model, mixture, lr, speed):  # a learning rate for the weights, and one for each part of the mixture
@@ -92,7 +94,7 @@ def _adam(model, mixture, lr, speed):  # a learning rate for the weights, and on
 # %% ../../nbs/21_sws.ipynb #train-soft
 def train_soft(
     model: nn.Module, # a trained classifier; changed in place
-    loader: Iterable, # iterable of (images, labels) with a length
+    loader: Iterable, # (images, labels), with a length; where it, or its sampler, has `set_epoch`, that is called
     mixture: Mixture, # a `Mixture`; changed in place
     *,
     epochs: int, # passes over the loader
@@ -101,6 +103,7 @@ def train_soft(
     lr: float = 5e-4, # learning rate of the weights
     speed: float = 1.0, # factor on RATES, the learning rates of the mixture
     amp: bool = False, # compute the network in bfloat16 where that is safe?
+    seed: int = 0, # seed of dropout
     progress: bool = True, # show a progress bar?
 ) -> list: # one dict an epoch: loss and complexity, means over the epoch
     """Re-train weights and mixture together under the loss E + τ/N·complexity (Ullrich et al. 2017)."""
@@ -108,13 +111,14 @@ def train_soft(
     history = []
     optimizer = _adam(model, mixture, lr, speed)
     model.train()
-    with tqdm(total=epochs * len(loader), disable=not progress) as bar:
+    with tqdm(total=epochs * len(loader), disable=not progress) as bar, torch.random.fork_rng():
+        torch.manual_seed(seed)  # dropout; the global state is put back at the end
         for epoch in range(epochs):
-            loader.epoch = epoch
+            _begin_epoch(loader, epoch)
             sums = torch.zeros(2)
             for x, y in loader:
                 with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
-                    loss = F.cross_entropy(model(x), y)
+                    loss = classification_loss(model(x), y)
                 complexity = mixture.complexity(weights)
                 optimizer.zero_grad(set_to_none=True)
                 (loss + tau / images * complexity).backward()
@@ -192,7 +196,7 @@ def sparse_bits(
 
 # %% ../../nbs/21_sws.ipynb #unshared
 def _unshared(model):  # numbers of the layers under the prior that are no weights: biases
-    layers = [m for m in model.modules() if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear))]
+    layers = [m for m in model.modules() if isinstance(m, LAYERS)]
     return sum(p.numel() for m in layers for name, p in m.named_parameters(recurse=False) if name != "weight")
 
 # %% ../../nbs/21_sws.ipynb #soft-bits

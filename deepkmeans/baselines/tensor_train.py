@@ -14,9 +14,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from .lowrank import FactorReport, _others, _factor_line
-from ..plan import CONVOLUTIONS, layers_of
-from ..sharing import planned_layers
+from .lowrank import FactorReport, _check_layer_names, _factor_line, _relative_error, _to_factor
+from ..plan import CONVOLUTIONS
 
 # %% ../../nbs/22_tensor_train.ipynb #primes
 def _primes(n):  # the prime factors, largest first
@@ -120,8 +119,7 @@ def _draw_cores(parametrization, v, like, generator):  # cores whose product has
 def _ranks_by_layer(ranks, layers):  # {name: ranks}
     if not isinstance(ranks, dict):
         return dict.fromkeys(layers, ranks)
-    if unknown := set(ranks) - set(layers):
-        raise ValueError(f"ranks names {sorted(unknown)}; the layers are {', '.join(layers)}")
+    _check_layer_names(ranks, layers)
     return ranks
 
 # %% ../../nbs/22_tensor_train.ipynb #train
@@ -139,7 +137,7 @@ def _replace(layer, train, generator):  # → relative error of the new kernel
         drawn = _draw_cores(train, float(before.square().mean()), before, generator)
         for core, value in zip(layer.parametrizations.weight.parameters(), drawn):
             core.copy_(value)
-    return float((layer.weight - before).square().sum() / before.square().sum().clamp(min=1e-30))
+    return _relative_error(before, layer.weight)
 
 # %% ../../nbs/22_tensor_train.ipynb #tensorize
 def tensorize(
@@ -157,11 +155,10 @@ def tensorize(
     With one tuple of ranks for all layers, those whose cores would not be smaller stay. Raises `ValueError` for ranks
     under 1, of a wrong number, or of an unknown layer; the network is then unchanged.
     """
-    layers = planned_layers(model, layers_of(model, include, exclude))
+    layers, report = _to_factor(model, include, exclude)
     each = _ranks_by_layer(ranks, layers)
     given = isinstance(ranks, dict)
     trains = {name: _train(name, layers[name].weight.shape, each[name], naive) for name in layers if name in each}
-    report = FactorReport([], _others(model, layers))
     generator = torch.Generator().manual_seed(seed)
     for name, layer in layers.items():
         weight = layer.weight.detach()
