@@ -4,22 +4,22 @@
 
 # %% auto #0
 __all__ = ['SPARSITIES', 'SAMPLE', 'LARGEST_K', 'FINE', 'EVENED', 'CLOSE', 'TRIES', 'NAMED_PLANS', 'fisher', 'LayerCurve',
-           'layer_curve', 'Options', 'options', 'best_for_price', 'best_for_budget', 'layer_curves', 'allocate',
-           'named_plan']
+           'layer_curve', 'Options', 'options', 'best_for_price', 'best_for_budget', 'layer_curves', 'check_ratio',
+           'allocate', 'named_plan']
 
 # %% ../nbs/08_allocation.ipynb #imports
 from collections.abc import Iterable
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .accounting import compression, index_bits
+from .accounting import check_coding, compression, index_bits
 from .clustering import decode, encode, kmeans, pinned_rows
 from .retrain import check_loader, heads, pairs, seeded
 from .rows import to_rows
@@ -430,6 +430,14 @@ def _hit(size, wanted):  # the choice whose true size is the wanted one
             budget = (low + high) / 2
     return _closest(tried, size.dense, wanted)
 
+# %% ../nbs/08_allocation.ipynb #check-ratio
+def check_ratio(
+    ratio: float, # is it one that a network can be compressed by?
+):
+    """Raise `ValueError` for what is no number above 1."""
+    if not isinstance(ratio, Real) or not ratio > 1:
+        raise ValueError(f"ratio={ratio!r} must be above 1, the ratio of the dense network")
+
 # %% ../nbs/08_allocation.ipynb #check-reach
 def _check_reach(size, ratio):
     wanted = size.dense / ratio
@@ -467,10 +475,10 @@ def allocate(
     coding=coding)`; `share(model, plan, codes=plan.codes)` gives the same, and so does, by clustering again,
     `share(model, plan, seed=seed)`. Layers on which the outputs do not depend, as auxiliary heads in eval mode, get
     one cluster when there is a loader: exclude them where that matters. Raises `ValueError` for a target out of reach,
-    naming the bounds, and as `layer_curves` does.
+    naming the bounds, for an unknown coding, and as `layer_curves` does.
     """
-    if not ratio > 1:
-        raise ValueError(f"ratio={ratio} must be above 1, the ratio of the dense network")
+    check_ratio(ratio)
+    check_coding(coding)
     if curves is None:
         curves = layer_curves(model, loader, layout=layout, sparsity=sparsity, include=include, exclude=exclude,
                               images=images, seed=seed, backend=backend, progress=progress)

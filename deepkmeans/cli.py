@@ -31,7 +31,7 @@ from .allocation import allocate, named_plan
 from .codec import CODEBOOK_DTYPES, MAX_BYTES, decompress, inspect, load_compressed, save_compressed
 from .hardware import energy
 from .files import place_for_file, write_file
-from .models import MODELS, build, load_weights
+from .models import MODELS, architecture_of, build, load_weights
 from .retrain import evaluate
 from .rows import LAYOUTS
 from .plan import make_plan
@@ -155,7 +155,7 @@ class _Images(NamedTuple):
 # %% ../nbs/40_cli.ipynb #images-code
 def _images(args, model): # the test images of --data, when they fit the network
     data = datasets.load(args.data, args.data_root, progress=_on_terminal())
-    named, channels = getattr(model, "architecture", None), data.test.shape[0]
+    named, channels = architecture_of(model), data.test.shape[0]
     wanted = named.get("in_channels", 3) if named else channels
     if channels != wanted:
         raise ValueError(f"data={args.data!r} has images of {channels} channels, but the network wants {wanted}")
@@ -274,7 +274,7 @@ SIDES = {"lenet5": 28, "tt_conv_cnn": 32, "freshnet_cnn": 32, "wide_resnet": 32}
 def _input(args, model): # → (channels, height, width) of an image
     if args.input:
         return tuple(args.input)
-    named = getattr(model, "architecture", None)
+    named = architecture_of(model)
     if not named:
         raise ValueError("energy needs --input C H W for a network that is known by no name")
     side = SIDES.get(named["name"], 224)
@@ -289,7 +289,7 @@ def _energy(args):
         args.arch = args.arch or args.network
     model = _load(args, file) if file else _network(args)
     report = energy(model, _input(args, model))
-    named = getattr(model, "architecture", None)
+    named = architecture_of(model)
     totals = dict(macs=report.macs, full_adders=report.full_adders, total=report.total)
     data = dict(network=named["name"] if named else args.arch, **totals, layers=report.lines)
     return data, f"{report}\n\n{as_text(report.layers)}"

@@ -27,7 +27,7 @@ from constriction import stream
 from torch.nn.utils import parametrize
 
 from .files import place_for_file, write_file
-from .models import build
+from .models import architecture_of, build
 from .reports import Report, as_text
 from .rows import LAYOUTS, from_rows, row_length
 from .sharing import SharedWeight, shared_layers, unshare
@@ -575,14 +575,14 @@ def _misfit(named, outline): # why `build` does not make a network of that outli
 def _architecture(model, given, *outline): # what `build` makes this network from, or None
     if given is not None and not _is_architecture(given):
         raise ValueError(f"architecture={given!r} must be a dict of a name and options that are numbers")
-    named = given or getattr(model, "architecture", None)
-    if not isinstance(named, dict):  # a network that `build` did not make may have an attribute of that name
+    named = given or architecture_of(model)
+    if not named:
         return None
     problem = _misfit(named, outline)
     if problem and given:
         raise ValueError(f"architecture={given} is not this network: {problem}")
     if problem:
-        warnings.warn(f"the network is no longer what build({named.get('name')!r}) makes: {problem}; "
+        warnings.warn(f"the network is no longer what build({named['name']!r}) makes: {problem}; "
                       "the file will not name it and load_compressed needs its argument model")
     return None if problem else named
 

@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from .files import replacing
+from .models import first_line
 from .retrain import seeded
 
 # %% ../nbs/12_data.ipynb #random
@@ -147,8 +148,8 @@ class Data(NamedTuple):
     test: "Split | Files" # the test images
     classes: tuple # names of the classes in the order of their labels
     name: str # display name, e.g. cifar10, or cifar10-jpeg where the pixels went through JPEG
-    fingerprint: str # 12 hexadecimal digits of a sha256 over the decoded images and labels, in their order
-    mean: tuple # per channel, over the training images, pixels in [0, 1]
+    fingerprint: str # 12 digits of a sha256: of decoded images and labels in order, of a stream's file names and sizes
+    mean: tuple # per channel, pixels in [0, 1]: of the training images, or of ImageNet where they are streamed
     std: tuple # likewise
     augment: str # the augmentation that is usual for the training images
 
@@ -196,7 +197,7 @@ def _decode(source, name, transform=None, size=None): # → (h, w) or (h, w, 3) 
                 image = image.convert(image.mode if image.mode in ("L", "RGB") else "RGB")
                 return np.asarray(transform(image) if transform else image)
     except Exception as e:  # a decoder that is fed damaged bytes may raise anything
-        raise ValueError(f"{name} cannot be decoded as an image: {' '.join(str(e).split()) or type(e).__name__}") from e
+        raise ValueError(f"{name} cannot be decoded as an image: {first_line(e)}") from e
     raise ValueError(f"{name} has {found[0]}×{found[1]} pixels but the first image has {size[0]}×{size[1]}: "
                      "all images must have one size (an image folder takes size=)")
 
@@ -251,7 +252,7 @@ def _read_parquet(path, progress): # → images (n, c, h, w) uint8, labels (n,) 
     try:
         sources, labels = _parquet_columns(path)
     except (pa.ArrowException, OSError) as e:
-        raise ValueError(f"{path} is not a readable parquet file: {' '.join(str(e).split())}") from e
+        raise ValueError(f"{path} is not a readable parquet file: {first_line(e)}") from e
     for column in (sources, labels):
         if None in column:
             raise ValueError(f"{path}: row {column.index(None)} has no image bytes or no label")
@@ -501,7 +502,7 @@ def _find(name, root, download, progress): # → two Splits and "was JPEG"
             return _download(name, _cache_folder() / "torchvision"), False
         reason = "download=False"
     except (OSError, RuntimeError, http.client.HTTPException) as e:
-        reason = " ".join(str(e).split())
+        reason = first_line(e, -1)
     looked.append(f"torchvision's download ({reason})")
     raise FileNotFoundError(f"{name} was not found. Looked for: {'; '.join(looked)}. "
                             "Put train.parquet and test.parquet (columns image: {bytes, path} and label) into "

@@ -9,7 +9,8 @@ __all__ = ['STORED', 'USES', 'COMPUTATION', 'MAC_BITS', 'LEVELS', 'full_adders',
 # %% ../nbs/09_hardware.ipynb #imports
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import ceil, gcd, prod
+from math import ceil, gcd, inf, prod
+from numbers import Real
 
 import torch
 import torch.nn as nn
@@ -19,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .models import first_line
 from .reports import Report
 from .rows import row_length
-from .plan import LAYERS, TRANSPOSED
+from .plan import LAYERS, TRANSPOSED, LayerPlan, type_name
 from .sharing import shared_layers
 
 # %% ../nbs/09_hardware.ipynb #adder-bits
@@ -215,6 +216,11 @@ def _check_choices(settings):
         if settings[option] not in allowed:
             raise ValueError(f"{option}={settings[option]!r} must be one of {', '.join(allowed)}")
 
+# %% ../nbs/09_hardware.ipynb #check-access-cost
+def _check_access_cost(access_cost):
+    if not isinstance(access_cost, Real) or not 0 <= access_cost < inf:
+        raise ValueError(f"access_cost={access_cost!r} must be a finite number, at least 0")
+
 # %% ../nbs/09_hardware.ipynb #energy-arguments
 MAC_BITS = 16
 
@@ -235,11 +241,13 @@ def _clusters(module, plan):
 
 # %% ../nbs/09_hardware.ipynb #planned
 def _sharing(plan, modules, shared):  # {layer name: (k, layout)} of what is shared or to be counted so
-    for name in plan:
+    for name, own in plan.items():
         if name in shared:
             raise ValueError(f"plan names {name!r}, which is shared already")
         if name not in modules:
             raise ValueError(f"plan names {name!r}, which is no convolution or linear layer of the network")
+        if not isinstance(own, LayerPlan):
+            raise ValueError(f"plan[{name!r}]={own!r} must be a LayerPlan")
     planned = {name: (_clusters(modules[name], own), own.layout) for name, own in plan.items()}
     return {name: (len(s.counts), s.layout) for name, s in shared.items()} | planned
 
@@ -307,7 +315,7 @@ def _layer_costs(layer, k, layout, stored, uses, computation, access_cost):
         adders = min(adders, _reuse_adders(layer, k, layout))
     cost = _costs(layer, adders, bits, layer.density, uses, access_cost)
     dense = _costs(layer, _dense_adders(layer), layer.weight_bits * weights, 1.0, uses, access_cost)
-    return dict(type=type(layer.module).__name__.removeprefix("Parametrized"), dim=layer.dim, macs=layer.macs, k=k,
+    return dict(type=type_name(layer.module), dim=layer.dim, macs=layer.macs, k=k,
                 density=layer.density, stored_bits=bits, weight_bits=bits / weights,
                 activation_bits=layer.activation_bits, weight_saving=1 - bits / (layer.weight_bits * weights),
                 full_adders=adders, **cost, total=sum(cost.values()), uncompressed=sum(dense.values()))
@@ -328,11 +336,12 @@ def energy(
     """Computation, weight and activation costs of each convolution and linear layer (eqs. 5 to 7, section 4.2.2).
 
     The network is run as by `eval` and left as it was. Weights that are exactly zero count as pruned (on the meta
-    device there are none). Raises `ValueError` for an unknown option or layer, a plan for a layer that is shared
-    already, and an input on which the network does not run.
+    device there are none). Raises `ValueError` for an unknown option or layer, a cost below 0, a plan for a layer
+    that is shared already, and an input on which the network does not run.
     """
     settings = dict(stored=stored, uses=uses, computation=computation, access_cost=access_cost)
     _check_choices(settings)
+    _check_access_cost(access_cost)
     modules = {name: m for name, m in model.named_modules() if isinstance(m, LAYERS)}
     bits = _bits("weight_bits", weight_bits, modules), _bits("activation_bits", activation_bits, modules)
     sharing = _sharing(plan or {}, modules, shared_layers(model))
@@ -342,7 +351,7 @@ def energy(
                          f"{type(model).__name__} runs no convolution or linear layer on it")
     layers = {name: _Layer.of(m, calls[name], *(b[name] for b in bits)) for name, m in modules.items() if name in calls}
     costs = {name: _layer_costs(layer, *sharing.get(name, (None, "row")), **settings) for name, layer in layers.items()}
-    lines = [{"layer": name or type(model).__name__, **costs[name]} for name in layers]
+    lines = [{"layer": name or type_name(model), **costs[name]} for name in layers]
     return EnergyReport(lines, _skipped(model, calls), all_macs - sum(line["macs"] for line in lines), settings)
 
 # %% ../nbs/09_hardware.ipynb #nnd

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'WRAPPERS', 'Enlarge', 'lenet5', 'tt_conv_cnn', 'freshnet_cnn', 'wide_resnet', 'googlenet', 'alexnet',
-           'googlenet_64', 'build', 'first_line', 'load_weights']
+           'googlenet_64', 'build', 'architecture_of', 'first_line', 'load_weights']
 
 # %% ../nbs/11_models.ipynb #imports
 from collections import OrderedDict
@@ -328,6 +328,15 @@ def build(
         raise ValueError(f"name={name!r} must be one of {', '.join(MODELS)}, or torchvision:NAME")
     return MODELS[name](num_classes, **options)
 
+# %% ../nbs/11_models.ipynb #architecture-of
+def architecture_of(
+    model: nn.Module, # a network
+) -> dict | None: # {"name": …, options}
+    """What `build` made the network from; None where the network does not remember a name that `build` knows."""
+    noted = getattr(model, "architecture", None)
+    name = str(noted.get("name")) if isinstance(noted, dict) else ""
+    return noted if name in MODELS or name.startswith("torchvision:") else None
+
 # %% ../nbs/11_models.ipynb #kind-of
 def _kind_of(tensor):
     if tensor.is_meta:
@@ -400,14 +409,14 @@ def _read_safetensors(path):
 # %% ../nbs/11_models.ipynb #contents
 def _contents(path):  # of a file: {name: tensor} and {module: its note on versions}, nested dictionaries joined by dots
     if not Path(path).is_file():
-        raise ValueError(f"checkpoint={str(path)!r} is no file")
+        raise ValueError(f"there is no file {str(path)!r}")
     try:
         if _is_safetensors(path):
             return _flat(_read_safetensors(path))
         return _flat(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # each reader has errors of its own for what it does not know
         problem = f"is neither safetensors nor a state dict that loads with weights_only: {_unreadable(path, error)}"
-        raise ValueError(f"checkpoint={str(path)!r} {problem}") from None
+        raise ValueError(f"the file {str(path)!r} {problem}") from None
 
 # %% ../nbs/11_models.ipynb #under
 def _under(prefix, tensors):
@@ -445,11 +454,11 @@ def load_weights(
     state = _unwrapped(*_contents(path), before)
     for name in (*before, *state):
         if problem := _tensor_misfit(state.get(name), before.get(name)):
-            raise ValueError(f"checkpoint={str(path)!r} does not fit the architecture: {name!r} is {problem}")
+            raise ValueError(f"the file {str(path)!r} does not fit the architecture: {name!r} is {problem}")
     try:
         model.load_state_dict(state)
     except Exception as error:  # modules may load themselves, and shared weights check their codes
         model.load_state_dict(before)
         problem = first_line(error, -1)
-        raise ValueError(f"checkpoint={str(path)!r} does not fit the architecture: {problem}") from None
+        raise ValueError(f"the file {str(path)!r} does not fit the architecture: {problem}") from None
     return model

@@ -16,9 +16,10 @@ from pathlib import Path
 import torch.nn as nn
 
 from .accounting import CompressionReport, compression
-from .allocation import allocate
+from .allocation import allocate, check_ratio
 from .regularizer import Regularizer
-from .retrain import Accuracy, _check_training, _modes, _restore_modes, classification_loss, evaluate, train
+from .retrain import Accuracy, _check_sgd, _check_training, _modes, _restore_modes
+from .retrain import classification_loss, evaluate, train
 from .plan import LAYERS, Plan
 from .sharing import SharingReport, share, shared_layers, unshare
 
@@ -72,14 +73,14 @@ class Outcome:
         return f"{self.sharing}\n{size}{accuracy}"
 
 # %% ../nbs/13_compress.ipynb #check
-def _check_call(model, ratio, loader, epochs, lr, schedule):
-    if not ratio > 1:
-        raise ValueError(f"ratio={ratio} must be above 1, the ratio of the dense network")
+def _check_call(model, ratio, loader, epochs, lr, schedule, **sgd):
+    check_ratio(ratio)
     if not isinstance(epochs, Integral):
         raise ValueError(f"epochs={epochs!r} must be a whole number")
     if epochs > 0 and loader is None:
         raise ValueError(f"epochs={epochs} needs a loader of (images, labels) to train on")
     _check_training(model, loader, epochs, lr, schedule, None)
+    _check_sgd(**sgd)
 
 # %% ../nbs/13_compress.ipynb #all-or-nothing
 @contextmanager
@@ -142,7 +143,7 @@ def compress(
     reach (its message names the bound) and as `allocate` does, `FloatingPointError` when training diverges; the
     network is then as it was.
     """
-    _check_call(model, ratio, loader, epochs, lr, schedule)
+    _check_call(model, ratio, loader, epochs, lr, schedule, momentum=momentum, weight_decay=weight_decay)
     common = dict(seed=seed, backend=backend, progress=progress)
     plan = allocate(model, ratio, loader, first=first, last=last, layout=layout, sparsity=sparsity,
                     include=include, exclude=exclude, images=images, **common)

@@ -207,11 +207,15 @@ def _check_number(name, value, whole=False):
     if not isinstance(number, int if whole else (int, float)) or not 0 <= number < inf:
         raise ValueError(f"{name}={number!r} must be at least 0{', a whole number' if whole else ' and finite'}")
 
+# %% ../nbs/05_retrain.ipynb #check-sgd
+def _check_sgd(momentum, weight_decay):
+    _check_number("momentum", momentum)
+    _check_number("weight_decay", weight_decay)
+
 # %% ../nbs/05_retrain.ipynb #optimizer
 def _optimizer(make, model, lr, momentum, weight_decay):
     if make is None:
-        for name, value in dict(momentum=momentum, weight_decay=weight_decay).items():
-            _check_number(name, value)
+        _check_sgd(momentum, weight_decay)
         make = partial(torch.optim.SGD, momentum=momentum, weight_decay=weight_decay)
     if not callable(make):
         given = f"a {type(make).__name__}"

@@ -57,3 +57,36 @@ def test_tied_weights_are_counted_once(coding):
     assert dk.compression(net, coding=coding).dense_bits == apart / 2 == 32 * 400
     if coding != "file":  # in a file it lies with the first
         assert dk.compression(net, coding=coding, scope="head").dense_bits == 32 * 400
+
+
+class Blocks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.stage1 = nn.Sequential(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8))
+        self.stage10 = nn.Conv2d(8, 8, 3)
+
+
+@pytest.mark.parametrize("coding", ["file", "fixed", "entropy"])
+def test_a_scope_is_a_module_with_all_that_is_in_it(coding):
+    def dense(scope):
+        return dk.compression(Blocks(), coding=coding, scope=scope).dense_bits
+
+    assert dense("stage1") == dense("stage1.0") + (dense("stage1.1") if coding == "file" else 0)
+    assert dense("conv") == 32 * (4 * 3 * 9 + 4)  # the layer of that name, and not all convolutions
+
+
+@pytest.mark.parametrize("net", [nn.Conv2d(1, 4, 3), nn.Sequential(nn.Conv2d(1, 4, 3))])
+def test_an_unknown_coding_is_refused_where_nothing_is_shared(net):
+    with pytest.raises(ValueError, match="coding='zip' must be one of file, fixed"):
+        dk.compression(net, coding="zip")
+
+
+def test_a_network_that_is_one_layer_has_one_name():
+    net = nn.Conv2d(1, 4, 3)
+    for shared in (False, True):
+        if shared:
+            dk.share(net, dk.make_plan(net, k=2))
+        reports = dk.compression(net), dk.compression(net, coding="log2"), dk.energy(net, (1, 8, 8))
+        assert {report.lines[0]["layer"] for report in reports} == {"Conv2d"}
+        assert dk.compression(net, scope="").bits == dk.compression(net).lines[0]["bits"]

@@ -222,6 +222,7 @@ def test_a_layer_is_worth_the_root_of_its_fisher_energy_and_without_data_as_much
     [
         (dict(ratio=0.9), "ratio=0.9 must be above 1"),
         (dict(ratio=1e5), "ratio=100000.0 must be above 1 and at most"),
+        (dict(ratio="4"), "ratio='4' must be above 1"),
         (dict(ratio=4, exclude=["conv"]), "no layer is called 'conv'"),
         (dict(ratio=4, loader=[]), "loader gives no images"),
         (dict(ratio=4, layout="rows"), "layout='rows' must be one of"),
@@ -230,6 +231,16 @@ def test_a_layer_is_worth_the_root_of_its_fisher_energy_and_without_data_as_much
 def test_errors_name_argument_value_and_bound(wrong, message):
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         dk.allocate(vgg_like(), **wrong)
+
+
+def test_an_unknown_coding_is_refused_before_anything_is_measured():
+    with pytest.raises(ValueError, match="coding='zip' must be one of file, fixed"):
+        dk.allocate(vgg_like(), 4, loader=Untouched(), coding="zip")
+
+
+class Untouched(list):
+    def __iter__(self):
+        raise AssertionError("the loader was read")
 
 
 def test_the_paper_s_lists_fit_its_network_only():

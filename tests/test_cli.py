@@ -29,6 +29,12 @@ from torch import nn
 def small(num_classes=10, width=6):
     convolutions = nn.Conv2d(1, width, 3), nn.ReLU(), nn.ConvTranspose2d(width, 4, 3)
     return nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(256, num_classes))
+def noted(note):
+    net = small()
+    net.architecture = note
+    return net
+def text(): return noted("small-v2")
+def table(): return noted({"channels": 1})
 def number(): return 7
 def broken(): return 1 / 0
 
@@ -169,7 +175,7 @@ def test_energy_of_a_file_and_of_a_name(here, capsys):
 @pytest.mark.parametrize(
     "line, message",
     [
-        ("compress missing.pt --arch lenet5 --K 8 -o x.dkm", "checkpoint='missing.pt' is no file"),
+        ("compress missing.pt --arch lenet5 --K 8 -o x.dkm", "there is no file 'missing.pt'"),
         (
             "compress pickled.pt --arch lenet5 --K 8 -o x.dkm",
             "it holds Python objects, such as a whole network; save its state_dict()",
@@ -441,6 +447,16 @@ def test_ones_own_network_goes_the_whole_way(here, capsys):
             "compress own.safetensors --arch mine:small --option width=8 --rate .5 --data digits -o own.dkm", capsys
         )[1]
     )
+
+
+@pytest.mark.parametrize("arch", ["mine:text", "mine:table"])
+def test_what_another_s_network_calls_its_architecture_is_left_alone(arch, here, capsys):
+    save_file(mine_small(here).state_dict(), "own.safetensors")
+    code, out, err = run(f"compress own.safetensors --arch {arch} --K 3 --data digits -o own.dkm", capsys)
+    assert (code, err) == (0, "") and "digits: top-1" in out and inspect("own.dkm").architecture is None
+    assert "needs --input" in run(f"energy --arch {arch}", capsys)[2]
+    found = json.loads(run(f"energy --arch {arch} --input 1 8 8 --json", capsys)[1])
+    assert found["network"] == arch and len(found["layers"]) == 3
 
 
 def test_images_that_a_network_does_not_take_are_named(here, capsys, tmp_path):

@@ -123,6 +123,7 @@ def test_the_smallest_file_can_be_retrained_too(dense, batches):
     "given, message",
     [
         (dict(ratio=1), "ratio=1 must be above 1"),
+        (dict(ratio="4"), "ratio='4' must be above 1"),
         (dict(ratio=float("nan")), "ratio=nan must be above 1"),
         (dict(ratio=10**6), "must be above 1 and at most"),
         (dict(epochs=1), "epochs=1 needs a loader"),
@@ -131,6 +132,8 @@ def test_the_smallest_file_can_be_retrained_too(dense, batches):
         (dict(epochs=1, loader=[]), "loader holds no batches"),
         (dict(epochs=1, loader="train", lr=-0.1), "lr=-0.1 must be at least 0"),
         (dict(epochs=1, loader="train", schedule="linear"), "schedule='linear' must be one of"),
+        (dict(momentum=-5), "momentum=-5 must be at least 0"),
+        (dict(epochs=1, loader="train", weight_decay="high"), "weight_decay='high' must be at least 0"),
         (dict(test_loader=[]), "loader holds no images"),
         (dict(exclude=["conv9"]), "no layer is called 'conv9'"),
         (dict(layout="column"), "layout='column' must be one of"),
@@ -143,6 +146,13 @@ def test_nonsense_is_refused_and_nothing_is_changed(dense, batches, given, messa
     with pytest.raises(ValueError, match=message):
         dk.compress(net, **dict(ratio=4) | given, progress=False)
     assert same(net, dense) and not net.training
+
+
+def test_settings_of_training_are_looked_at_before_anything_is_measured(dense, batches, monkeypatch):
+    monkeypatch.setattr("deepkmeans.pipeline.allocate", None)
+    for wrong in (dict(momentum=-5), dict(weight_decay=float("nan")), dict(lr=-1)):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))}=.* must be at least 0 and finite"):
+            dk.compress(dense, 4, batches[0], epochs=1, **wrong)
 
 
 def test_a_shared_network_is_refused(dense):

@@ -52,6 +52,20 @@ def test_the_network_is_left_as_it_was():
     assert not net[3].weight.is_meta and not any(m._forward_hooks for m in net.modules())
 
 
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (dict(access_cost=-3), "access_cost=-3 must be a finite number"),
+        (dict(access_cost=float("inf")), "access_cost=inf must be a finite number"),
+        (dict(access_cost="6"), "access_cost='6' must be a finite number"),
+        (dict(plan={"conv1": 3}), "plan\\['conv1'\\]=3 must be a LayerPlan"),
+    ],
+)
+def test_what_is_no_cost_and_no_plan_is_named(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        dk.energy(dk.build("lenet5"), (1, 28, 28), **wrong)
+
+
 def test_a_layer_used_twice_counts_twice_and_an_unused_one_is_named():
     class Net(nn.Module):
         def __init__(self):

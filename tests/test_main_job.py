@@ -139,7 +139,7 @@ def test_without_a_size_it_ends_twenty_times_smaller(two_runs, papermill, tmp_pa
         (dict(model="lenet6"), "must be one of lenet5"),
         (dict(kind="soft"), "kind='soft' must be one of hard"),
         (dict(data="mnist", data_root="/nowhere"), "mnist was not found"),
-        (dict(checkpoint="nowhere.safetensors"), "checkpoint='nowhere.safetensors' is no file"),
+        (dict(checkpoint="nowhere.safetensors"), "there is no file 'nowhere.safetensors'"),
         (dict(retrain_images=10**6), "must be from 0 to the number of images"),
         (dict(target_ratio=0.5), "target_ratio=0.5 must be above 1"),
     ],

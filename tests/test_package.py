@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+import deepkmeans
+
 
 def notebooks(root):
     return sorted((root / "nbs").glob("**/[!.]*.ipynb"))
@@ -88,6 +90,12 @@ def test_notebooks_are_committed_with_outputs_and_no_errors(root):
         assert not [o for o in outputs if o["output_type"] == "error"], path.name
         bars = [o for o in outputs if o.get("name") == "stderr" and "\r" in "".join(o["text"])]
         assert not bars, f"{path.name} holds progress bars"
+
+
+def test_a_star_import_and_tools_see_what_the_package_imports(root):
+    body = ast.parse((root / "deepkmeans" / "__init__.py").read_text()).body
+    imported = [alias.name for node in body if isinstance(node, ast.ImportFrom) for alias in node.names]
+    assert sorted(deepkmeans.__all__) == sorted(imported)
 
 
 IMPORT = """
@@ -165,7 +173,7 @@ def test_environment_and_pyproject_agree(root):
     conda = {"pytorch": "torch", "matplotlib-base": "matplotlib", "python-build": "build"}
     have = [r for r in listed if isinstance(r, str)] + [r for d in listed if isinstance(d, dict) for r in d["pip"]]
     have = {re.sub(r"^[\w-]+", lambda m: conda.get(m[0], m[0]), r) for r in have}
-    assert have - {"pip", "quarto", f"python{project['requires-python']}"} == wanted
+    assert have - {"pip", f"python{project['requires-python']}"} == wanted
 
 
 def test_the_lowest_versions_that_are_tested_are_those_declared(root):
@@ -247,6 +255,8 @@ def test_wheel_and_sdist_pass_twine_and_the_sdist_holds_the_notebooks(root, tmp_
         "settings.ini",
         "Makefile",
         "docs/build.py",
+        "constraints-lowest.txt",
+        "CHANGELOG.md",
     } <= held
 
 
