@@ -9,14 +9,17 @@ __all__ = ['STORED', 'USES', 'COMPUTATION', 'MAC_BITS', 'LEVELS', 'full_adders',
 # %% ../nbs/09_hardware.ipynb #imports
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from math import ceil, gcd, inf, prod
 from numbers import Real
 
 import torch
 import torch.nn as nn
-from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.utils.flop_counter import FlopCounterMode
 
+from .clustering import pinned_rows
 from .models import first_line
 from .reports import Report
 from .rows import row_length
@@ -54,15 +57,43 @@ def _dot_length(module, shape):
 def _macs(module, shape, x, y):
     return (prod(x) if isinstance(module, TRANSPOSED) else prod(y)) * prod(shape[1:])
 
+# %% ../nbs/09_hardware.ipynb #left-as-it-is
+@contextmanager
+def _left_as_it_is(model):
+    training = [m for m in model.modules() if m.training]
+    known = [m for m in model.modules() if not isinstance(m, LazyModuleMixin)]  # the first run makes those
+    held = [d for m in known for d in (vars(m), m._parameters, m._buffers)]
+    before = [dict(d.items()) for d in held]
+    try:
+        for m in training:
+            m.training = False
+        yield
+    finally:
+        for m in training:
+            m.training = True
+        for d, old in zip(held, before):
+            for key in set(d.keys()).difference(old):
+                del d[key]
+            for key, value in old.items():  # no d.update: what TorchScript has is no dict
+                d[key] = value
+
 # %% ../nbs/09_hardware.ipynb #forward
-def _forward(model, input_shape):
-    if isinstance(input_shape, torch.Tensor):
-        return model(input_shape)
-    named = (*model.named_parameters(), *model.named_buffers())
-    tensors = {name: torch.empty_like(t, device="meta") for name, t in named}
-    dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32)
+def _on_meta(model, input_shape):
+    dtypes = (t.dtype for t in chain(model.parameters(), model.buffers()) if t.is_floating_point())
+    x = torch.empty(1, *input_shape, dtype=next(dtypes, torch.float32), device="meta")
+    for tensors in (own for m in model.modules() for own in (m._parameters, m._buffers)):
+        for name, t in tensors.items():
+            tensors[name] = t if t is None else torch.empty_like(t, device="meta")
     with torch.device("meta"):
-        return functional_call(model, tensors, (torch.empty(1, *input_shape, dtype=dtype),))
+        return model(x)
+
+
+def _forward(model, input_shape):
+    if not isinstance(input_shape, torch.Tensor):
+        with _left_as_it_is(model):
+            return _on_meta(model, input_shape)
+    with _left_as_it_is(model), torch.random.fork_rng(devices=[]):
+        return model(input_shape)
 
 # %% ../nbs/09_hardware.ipynb #recorded
 @contextmanager
@@ -81,21 +112,16 @@ def _recorded(model, calls):
         for hook in hooks:
             hook.remove()
 
-# %% ../nbs/09_hardware.ipynb #left-as-it-is
+# %% ../nbs/09_hardware.ipynb #fused
 @contextmanager
-def _left_as_it_is(model):
-    modules = list(model.modules())
-    training = [m for m in modules if m.training]
-    tensors = [(m, key, value) for m in modules for key, value in vars(m).items() if isinstance(value, torch.Tensor)]
+def _counted_attention():
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
-        for m in training:
-            m.training = False
-        yield
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
     finally:
-        for m in training:
-            m.training = True
-        for m, key, value in tensors:
-            setattr(m, key, value)
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 # %% ../nbs/09_hardware.ipynb #brief
 def _brief(input_shape):
@@ -106,9 +132,9 @@ def _watch_forward(model, input_shape):
     """({layer: [(shape of the input, shape of the output), a pair for each call]}, MACs of the whole pass)."""
     calls = {}
     try:
-        with _recorded(model, calls), _left_as_it_is(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with _recorded(model, calls), _counted_attention(), torch.no_grad(), FlopCounterMode(display=False) as counter:
             _forward(model, input_shape)
-    except (RuntimeError, TypeError, IndexError) as error:
+    except Exception as error:  # whatever a network says to an input that it was not made for
         raise ValueError(f"input_shape={_brief(input_shape)}: the network does not run on it ({first_line(error)}); "
                          "one that looks at the values of its input needs a tensor in place of a shape") from error
     return calls, counter.get_total_flops() // 2
@@ -252,15 +278,26 @@ def _sharing(plan, modules, shared):  # {layer name: (k, layout)} of what is sha
     return {name: (len(s.counts), s.layout) for name, s in shared.items()} | planned
 
 # %% ../nbs/09_hardware.ipynb #skipped
+_NOT_CALLED = "its module is not called; what its weight computes all the same is in outside_macs"
+
+
 def _skipped(model, calls):
     missing = {}
     for name, m in model.named_modules():
         weights = [p for key, p in m.named_parameters(recurse=False) if "weight" in key and p.dim() > 1]
         if isinstance(m, LAYERS) and name not in calls:
-            missing[name] = "not called in the forward pass"
+            missing[name] = _NOT_CALLED
         elif weights and not isinstance(m, LAYERS):
             missing[name] = f"{type(m).__name__} is neither convolution nor linear layer"
     return missing
+
+# %% ../nbs/09_hardware.ipynb #density
+def _density(weight, plan):  # share of the weights that are not zero
+    zeros = 0 if weight.is_meta else weight.numel() - int(torch.count_nonzero(weight))
+    if plan and plan.pinned:
+        d = row_length(weight.shape, plan.layout)
+        zeros = max(zeros, d * pinned_rows(weight.numel() // d, plan.sparsity))
+    return (weight.numel() - zeros) / weight.numel()
 
 # %% ../nbs/09_hardware.ipynb #layer-energy
 @dataclass(frozen=True)
@@ -276,12 +313,11 @@ class _Layer:
     activation_bits: int
 
     @staticmethod
-    def of(module, calls, weight_bits, activation_bits):
+    def of(module, calls, weight_bits, activation_bits, plan=None):
         weight = module.weight.detach()
-        density = 1.0 if weight.is_meta else int(torch.count_nonzero(weight)) / weight.numel()
         macs = sum(_macs(module, weight.shape, x, y) for x, y in calls)
         inputs = sum(prod(x) for x, _ in calls)
-        return _Layer(module, tuple(weight.shape), density, [y for _, y in calls], macs, inputs,
+        return _Layer(module, tuple(weight.shape), _density(weight, plan), [y for _, y in calls], macs, inputs,
                       _dot_length(module, weight.shape), weight_bits, activation_bits)
 
 # %% ../nbs/09_hardware.ipynb #adders
@@ -336,20 +372,22 @@ def energy(
     """Computation, weight and activation costs of each convolution and linear layer (eqs. 5 to 7, section 4.2.2).
 
     The network is run as by `eval` and left as it was. Weights that are exactly zero count as pruned (on the meta
-    device there are none). Raises `ValueError` for an unknown option or layer, a cost below 0, a plan for a layer
-    that is shared already, and an input on which the network does not run.
+    device there are none), and so do the rows that `plan` fixes at zero. Raises `ValueError` for an unknown option or
+    layer, a cost below 0, a plan for a layer that is shared already, and an input on which the network does not run.
     """
     settings = dict(stored=stored, uses=uses, computation=computation, access_cost=access_cost)
     _check_choices(settings)
     _check_access_cost(access_cost)
     modules = {name: m for name, m in model.named_modules() if isinstance(m, LAYERS)}
     bits = _bits("weight_bits", weight_bits, modules), _bits("activation_bits", activation_bits, modules)
-    sharing = _sharing(plan or {}, modules, shared_layers(model))
+    plan = plan or {}
+    sharing = _sharing(plan, modules, shared_layers(model))
     calls, all_macs = _watch_forward(model, input_shape)
     if not calls:
         raise ValueError(f"input_shape={_brief(input_shape)}: "
                          f"{type(model).__name__} runs no convolution or linear layer on it")
-    layers = {name: _Layer.of(m, calls[name], *(b[name] for b in bits)) for name, m in modules.items() if name in calls}
+    layers = {name: _Layer.of(m, calls[name], *(b[name] for b in bits), plan.get(name))
+              for name, m in modules.items() if name in calls}
     costs = {name: _layer_costs(layer, *sharing.get(name, (None, "row")), **settings) for name, layer in layers.items()}
     lines = [{"layer": name or type_name(model), **costs[name]} for name in layers]
     return EnergyReport(lines, _skipped(model, calls), all_macs - sum(line["macs"] for line in lines), settings)

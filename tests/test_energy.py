@@ -1,6 +1,7 @@
 """Energy reports against PyTorch's own counter, on hostile networks, and against nn-dataflow where it is installed."""
 
 import copy
+import re
 import time
 
 import pandas as pd
@@ -82,8 +83,72 @@ def test_a_layer_used_twice_counts_twice_and_an_unused_one_is_named():
 
     once, report = dk.energy(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1)), (4, 6, 6)), dk.energy(Net(), (4, 6, 6))
     assert report.macs == 2 * once.macs and report.total == 2 * once.total and report.outside_macs == 36 * 36 * 4
-    assert report.skipped["spare"] == "not called in the forward pass" and "neither" in report.skipped["attention"]
+    assert report.skipped["spare"].startswith("its module is not called") and "neither" in report.skipped["attention"]
     assert "not counted: 3 layers, 5,184 MACs" in str(report)
+
+
+class Siamese(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.left = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.BatchNorm2d(2))
+        self.right, self.both, self.mask = self.left, nn.ModuleList([self.left[0], self.left]), None
+
+    def forward(self, x):
+        if self.mask is None:
+            self.mask = torch.ones(4, 4)
+        return nn.functional.dropout(self.left(x) + self.right(x)) * self.mask
+
+
+@pytest.mark.parametrize("image", [(2, 4, 4), torch.zeros(1, 2, 4, 4)])
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_module_of_several_names_is_left_as_it_was(image, shared):
+    net = Siamese()
+    if shared:
+        dk.share(net, dk.make_plan(net, k=3))
+    before, random = dict(net.state_dict(keep_vars=True)), torch.get_rng_state()
+    report = dk.energy(net, image)
+    assert report.macs == 2 * 2 * 4 * 4 * 18 and len(report.lines) == 1 and not report.outside_macs
+    after = net.state_dict(keep_vars=True)
+    held = [name for name in before if not name.endswith((".codes", ".counts"))]
+    assert before.keys() == after.keys() and all(before[name] is after[name] for name in held)
+    assert torch.equal(random, torch.get_rng_state()) and net.mask is None and all(m.training for m in net.modules())
+    assert net(torch.zeros(1, 2, 4, 4)).device.type == "cpu"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("image", [(1, 8, 8), torch.zeros(1, 1, 8, 8)])
+def test_a_part_in_torchscript_is_left_as_it_was(image):
+    scripted = torch.jit.script(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)))
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), scripted)
+    assert dk.energy(net, image).outside_macs == 6 * 6 * 16
+    assert net.training and scripted.training and net(torch.zeros(1, 1, 8, 8)).device.type == "cpu"
+
+
+def test_a_lazy_network_is_made_by_its_first_run():
+    net = nn.Sequential(nn.LazyConv2d(3, 3))
+    assert dk.energy(net, torch.zeros(1, 2, 8, 8)).macs == 6 * 6 * 3 * 18 and net[0].in_channels == 2
+
+
+def test_attention_is_counted_whether_it_runs_or_not():
+    net = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
+    shape, run = (dk.energy(net, image) for image in ((5, 8), torch.zeros(1, 5, 8)))
+    assert shape.outside_macs == run.outside_macs == 5 * 4 * 64 + 2 * 5 * 5 * 8
+    assert shape.skipped == run.skipped and "is in outside_macs" in run.skipped["0.self_attn.out_proj"]
+
+
+class Particular(nn.Sequential):
+    def forward(self, x):
+        assert x.shape[-1] == 7, "Wrong image height!"
+        return {"logits": super().forward(x)}[self.key]
+
+
+@pytest.mark.parametrize("key, side, said", [("logits", 6, "Wrong image height!"), ("boxes", 7, "'boxes'")])
+def test_whatever_a_network_says_to_an_image_is_a_value_error(key, side, said):
+    net = Particular(nn.Conv2d(1, 1, 3))
+    net.key = key
+    for image in ((1, side, side), torch.zeros(1, 1, side, side)):
+        with pytest.raises(ValueError, match=re.escape(f"the network does not run on it ({said})")):
+            dk.energy(net, image)
 
 
 def test_a_pinned_zero_cluster_counts_as_pruned():
@@ -96,6 +161,16 @@ def test_a_pinned_zero_cluster_counts_as_pruned():
         and sparse.full_adders == dense.full_adders / 2
     )
     assert sparse.stored_bits == 16 * 8 * 5 + 3 * 5000
+
+
+@pytest.mark.parametrize("layout", dk.rows.LAYOUTS)
+@pytest.mark.parametrize("sparse_at", ["zero", "mean"])
+def test_a_plan_counts_as_the_network_that_is_shared_by_it(layout, sparse_at):
+    net = dk.build("lenet5", seed=0)
+    plan = {"conv2": dk.LayerPlan(k=8, sparsity=0.3, sparse_at=sparse_at, layout=layout)}
+    planned = dk.energy(net, (1, 28, 28), plan=plan, computation="reuse")
+    dk.share(net, plan)
+    assert planned.lines == dk.energy(net, (1, 28, 28), computation="reuse").lines
 
 
 @settings(max_examples=30, deadline=None)
