@@ -155,7 +155,8 @@ def _in_bits(line):
 def _file_lines(model, modules, scope):
     from deepkmeans.codec import file_lines
 
-    lines = [line for line in file_lines(model) if scope == "network" or _layer_of(line) in modules]
+    *layers, header = file_lines(model)
+    lines = [*layers, header] if scope == "network" else [line for line in layers if _layer_of(line) in modules]
     return [_in_bits(line | dict(layer=line["layer"] or type_name(model))) for line in lines]
 
 # %% ../nbs/06_accounting.ipynb #check-coding

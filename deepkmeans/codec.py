@@ -399,20 +399,21 @@ def _check_unique(listed, ties):
     _need(known, "the table of ties names what is not there")
 
 # %% ../nbs/07_codec.ipynb #is-number
-def _is_number(value):
-    return type(value) is bool or (type(value) is float and isfinite(value)) or (_is_count(value) and value < 2**31)
+def _is_number(value, least, end): # finite; a whole one from least to end − 1
+    whole = type(value) is int and least <= value < end
+    return whole or type(value) is bool or type(value) is float and isfinite(value)
 
 # %% ../nbs/07_codec.ipynb #is-architecture
 def _is_architecture(value):
     if not isinstance(value, dict) or "seed" in value or not _is_name(value.get("name")):
         return False
-    return all(_is_name(key) and _is_number(v) for key, v in value.items() if key != "name")
+    return all(_is_name(key) and _is_number(v, 0, 2**31) for key, v in value.items() if key != "name")
 
 # %% ../nbs/07_codec.ipynb #is-card
 def _is_card(value):
     if not isinstance(value, dict):
         return False
-    return all(_is_name(key) and (_is_text(told) or _is_number(told)) for key, told in value.items())
+    return all(_is_name(key) and (_is_text(told) or _is_number(told, -2**63, 2**63)) for key, told in value.items())
 
 # %% ../nbs/07_codec.ipynb #read-tables
 def _tables(metadata): # → Tables, checked by themselves
@@ -598,7 +599,8 @@ def file_bytes(
     if codebook_dtype not in CODEBOOK_DTYPES:
         raise ValueError(f"codebook_dtype={codebook_dtype!r} must be None, 'float32' or 'float16'")
     if card is not None and not _is_card(card):
-        raise ValueError(f"card={card!r} must be a dict of printable texts and numbers by name")
+        raise ValueError(f"card={card!r} must be a dict of printable texts and numbers by name, "
+                         "whole ones of at most 64 bits")
     state = _named_tensors(model)
     kinds, ties = _outline(state)
     _check_names(kinds)
@@ -621,9 +623,9 @@ def save_compressed(
     """Write the network to a compressed file.
 
     Raises `ValueError` for a tensor that a file cannot hold, for codebooks that `codebook_dtype` cannot hold, for an
-    `architecture` that is another network, for a `card` of anything else and for a `path` where no file can stand;
-    `OSError` when it cannot be written; an old file is then still there. Warns when the network was changed so that
-    the file cannot name its architecture.
+    `architecture` that is another network, for a `card` of anything else or of whole numbers beyond 64 bits, and for a
+    `path` where no file can stand; `OSError` when it cannot be written; an old file is then still there. Warns when the
+    network was changed so that the file cannot name its architecture.
     """
     place_for_file(path)
     data = file_bytes(model, codebook_dtype=codebook_dtype, architecture=architecture, card=card)
@@ -835,7 +837,7 @@ def _add(lines, name, **sizes): # to the line of that name, which is made when i
 # %% ../nbs/07_codec.ipynb #file-lines
 def file_lines(
     model: nn.Module, # a network, shared or not
-) -> list: # a dict for each module that holds tensors, and one for the header
+) -> list: # a dict for each module that holds tensors, the last for the header
     """The bytes of the file of this network, by module.
 
     `codebook`, `indexes` (histogram and codes), `kept` (as they are) and `dense` (in a dense file).
@@ -850,5 +852,6 @@ def file_lines(
     for name, tensor in content.tensors.items():
         _add(lines, name.rpartition(".")[0], numbers=tensor.numel(), dense=tensor.nbytes, kept=tensor.nbytes)
     told = sum(line["codebook"] + line["indexes"] + line["kept"] for line in lines.values())
-    _add(lines, "header", kept=content.size - told)
-    return list(lines.values())
+    header = {}  # apart from a module of that name
+    _add(header, "header", kept=content.size - told)
+    return [*lines.values(), *header.values()]

@@ -35,6 +35,14 @@ def test_the_layers_of_a_file_and_its_header_add_up():
     assert dk.compression(net, scope="conv").bits == parts[0] + parts[2]
 
 
+def test_a_layer_called_header_is_no_header():
+    net, same = (nn.ModuleDict({name: nn.Linear(4, 4)}) for name in ("header", "middle"))
+    for coding in ("file", "fixed"):
+        assert dk.compression(net, coding=coding, scope="header").bits == 32 * 20
+    assert [line["bits"] for line in dk.compression(net).lines] == [line["bits"] for line in dk.compression(same).lines]
+    assert dk.compression(net).layers.index.tolist() == ["header", "header"]
+
+
 def test_a_weight_that_is_computed_from_others_lies_where_its_layer_is():
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(4, 3))
     torch.nn.utils.parametrizations.weight_norm(net[0])

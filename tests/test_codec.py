@@ -279,14 +279,18 @@ def test_the_same_network_gives_the_same_bytes():
 
 def test_a_card_travels_with_the_file_and_changes_nothing_else(tmp_path):
     net, told = shared_small(), {"data": "mnist, 10,000 images", "top-1": 99.1, "licence": "MIT", "tried": True}
+    told |= {"delta": -1, "rows": 3_000_000_000, "least": -(2**63), "most": 2**63 - 1}
     save_compressed(net, tmp_path / "told.dkm", card=told)
     save_compressed(net, tmp_path / "bare.dkm")
     assert inspect(tmp_path / "told.dkm").card == told and inspect(tmp_path / "bare.dkm").card is None
     assert "\ntop-1: 99.1\n" in str(inspect(tmp_path / "told.dkm"))
     one, other = (load_compressed(tmp_path / name, small()).state_dict() for name in ("told.dkm", "bare.dkm"))
     assert all(torch.equal(value, other[name]) for name, value in one.items())
-    with pytest.raises(ValueError, match="card=.* must be a dict of printable texts and numbers"):
-        save_compressed(net, tmp_path / "bare.dkm", card={"data": "two\nlines"})
+    for bad in ("two\nlines", 2**63, float("nan")):
+        with pytest.raises(
+            ValueError, match="card=.* must be a dict of printable texts and numbers.* of at most 64 bits"
+        ):
+            save_compressed(net, tmp_path / "bare.dkm", card={"data": bad})
     assert inspect(tmp_path / "bare.dkm").card is None
 
 
@@ -427,6 +431,8 @@ FORGED = {
     "a card that is a list": card(["data"]),
     "a card that holds a list": card({"data": ["mnist"]}),
     "a card of NaN": card({"top-1": float("nan")}),
+    "a card of more than 64 bits": card({"top-1": 2**63}),
+    "a card of a hundred digits": card({"top-1": -(10**100)}),
     "a card with an escape sequence": card({"data": "\x1b[2J\x1b[31m"}),
     "a card with a line as a name": card({"a\nb": 1}),
     "one of 4,300 digits": architecture({"name": "lenet5", "num_classes": 10**4299}),

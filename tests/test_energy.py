@@ -115,7 +115,7 @@ def test_a_module_of_several_names_is_left_as_it_was(image, shared):
     assert net(torch.zeros(1, 2, 4, 4)).device.type == "cpu"
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit")
 @pytest.mark.parametrize("image", [(1, 8, 8), torch.zeros(1, 1, 8, 8)])
 def test_a_part_in_torchscript_is_left_as_it_was(image):
     scripted = torch.jit.script(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)))
