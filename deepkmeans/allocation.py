@@ -23,7 +23,8 @@ from .accounting import check_coding, compression, index_bits
 from .clustering import decode, encode, kmeans, pinned_rows
 from .retrain import check_loader, heads, pairs, seeded
 from .rows import to_rows
-from .plan import LAYERS, LayerPlan, Plan, dense_layers, excluded_layers, layers_of, make_plan
+from .plan import CONVOLUTIONS, LAYERS, TRANSPOSED, LayerPlan, Plan
+from .plan import dense_layers, excluded_layers, layers_of, make_plan
 from .sharing import cluster_layers, planned_layers, share_layers, side_by_side
 
 # %% ../nbs/08_allocation.ipynb #differentiable
@@ -505,9 +506,13 @@ def named_plan(
 ) -> dict: # {layer name: LayerPlan}
     """The plan of the released code for about that ratio (Wu et al. 2018, table 3).
 
-    Raises `ValueError` for an unknown name or a network of other depth.
+    Raises `ValueError` for an unknown name or a network of another number of convolutions.
     """
     if name not in NAMED_PLANS:
         raise ValueError(f"name={name!r} must be one of {', '.join(NAMED_PLANS)}")
     k, sparsity = NAMED_PLANS[name]
+    count = sum(isinstance(m, (*CONVOLUTIONS, *TRANSPOSED)) for m in model.modules())
+    if count != len(k):
+        raise ValueError(f"name={name!r} is a plan for the {len(k)} convolutions of a Wide ResNet 16-4, "
+                         f"but {type(model).__name__} has {count}")
     return make_plan(model, k=list(k), sparsity=list(sparsity), sparse_at=sparse_at)

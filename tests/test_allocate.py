@@ -248,8 +248,10 @@ def test_the_paper_s_lists_fit_its_network_only():
         net = dk.build("wide_resnet")
         plan = dk.named_plan(name, net)
         assert len(plan) == 16 and plan["stage3.b2.conv2"] == dk.LayerPlan(k=7, sparsity=0.9)
-    with pytest.raises(ValueError, match="16 entries for 10 layers"):
-        dk.named_plan("wrn-45", dk.build("wide_resnet", depth=10))
+    said = "name='wrn-45' is a plan for the 16 convolutions of a Wide ResNet 16-4, but"
+    for net, count in ((dk.build("wide_resnet", depth=10), 10), (dk.build("lenet5"), 2), (nn.Linear(2, 2), 0)):
+        with pytest.raises(ValueError, match=f"{said} {type(net).__name__} has {count}$"):
+            dk.named_plan("wrn-45", net)
     with pytest.raises(ValueError, match="wrn-46"):
         dk.named_plan("wrn-46", dk.build("wide_resnet"))
 
