@@ -11,8 +11,10 @@ import json
 import os
 import signal
 import sys
+import warnings
 from ast import literal_eval
 from contextlib import redirect_stdout
+from datetime import date
 from difflib import get_close_matches
 from importlib import import_module
 from math import inf
@@ -31,7 +33,7 @@ from .allocation import allocate, named_plan
 from .codec import CODEBOOK_DTYPES, MAX_BYTES, decompress, inspect, load_compressed, save_compressed
 from .hardware import energy
 from .files import place_for_file, write_file
-from .models import MODELS, architecture_of, build, load_weights
+from .models import MODELS, architecture_of, build, first_line, load_weights
 from .retrain import evaluate
 from .rows import LAYOUTS
 from .plan import make_plan
@@ -167,8 +169,11 @@ def _measured_accuracy(model, images, amp=False):
     loader = tqdm(images.loader, desc="evaluate", unit=" batches", disable=not _on_terminal(), leave=False)
     try:
         return evaluate(model, loader, amp=amp)
-    except (RuntimeError, IndexError) as error:  # as torch says it, of layers or of labels beyond the outputs
-        raise ValueError(f"the network does not take the images and labels of {images.name}: {error}") from None
+    except (ValueError, OSError, MemoryError):
+        raise
+    except Exception as error:  # whatever a network, or torch, says to images and labels that it was not made for
+        said = first_line(error)
+        raise ValueError(f"the network does not take the images and labels of {images.name}: {said}") from None
 
 # %% ../nbs/40_cli.ipynb #before-and-after
 def _before_and_after(images, before, after): # → data, text
@@ -265,10 +270,11 @@ def _list(args):
 def _names_file(network): # or the name of a network?
     if not network:
         return False
-    return shelf.find(network).exists() or ("." in network and ":" not in network)
+    return shelf.find(network).is_file() or ("." in network and ":" not in network)
 
 # %% ../nbs/40_cli.ipynb #input
-SIDES = {"lenet5": 28, "tt_conv_cnn": 32, "freshnet_cnn": 32, "wide_resnet": 32}  # pixels; 224 for ImageNet's
+# pixels; 224 for ImageNet's
+SIDES = {"lenet5": 28, "tt_conv_cnn": 32, "freshnet_cnn": 32, "wide_resnet": 32, "googlenet_64": 64}
 
 
 def _input(args, model): # → (channels, height, width) of an image
@@ -421,7 +427,8 @@ def _positive(text):
 
 # %% ../nbs/40_cli.ipynb #number
 def _number(text):
-    return _checked(text, float if "." in text else int, lambda number: number > 0, "a number above 0")
+    kind = float if {*".eE"} & {*text} else int
+    return _checked(text, kind, lambda number: 0 < number < inf, "a number above 0")
 
 # %% ../nbs/40_cli.ipynb #limit
 def _limit(command):
@@ -513,7 +520,7 @@ def _size_options(group): # one of them
 # %% ../nbs/40_cli.ipynb #plan-options
 def _plan_options(command):
     add = command.add_argument
-    first = "clusters of the first layer, or with a decimal point a fraction of its rows"
+    first = "clusters of the first layer, or with a decimal point or an exponent a fraction of its rows"
     add("--first", type=_number, metavar="K", help=first)
     sparsity = "fraction of rows that are set to zero (default: 0)"
     add("--sparsity", type=float, metavar="P", help=sparsity)
@@ -560,12 +567,18 @@ def _parser():
     _reproduce_options(_command(commands, "reproduce", _reproduce))
     return parser
 
+# %% ../nbs/40_cli.ipynb #told-of-yaml
+def _as_text(value): # of YAML's that JSON does not know
+    if isinstance(value, date):  # with a time or without
+        return str(value)
+    raise _UsageError(f"{value!r} is no text, number or date")
+
 # %% ../nbs/40_cli.ipynb #option-words
 def _option_words(name, value): # ("exclude", ["a", "b"]) → ["--exclude=a", "--exclude=b"]
     if isinstance(value, bool) and name != "option":
         return [f"--{name}"] * value
     if isinstance(value, dict):
-        value = [f"{key}={json.dumps(given)}" for key, given in value.items()]
+        value = [f"{key}={json.dumps(given, default=_as_text)}" for key, given in value.items()]
     return [f"--{name}={one}" for one in (value if isinstance(value, list) else [value])]
 
 # %% ../nbs/40_cli.ipynb #finder
@@ -585,9 +598,10 @@ def _check_options(finder, typed, others): # are those that it could not read th
 def _config(path): # → {name of an option: value}
     import yaml
 
+    content = Path(path).read_bytes()
     try:
-        given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))  # JSON is YAML
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        given = yaml.safe_load(content)  # JSON is YAML
+    except Exception as error:  # of its own kinds, and of many others, such as for a date that there is not
         raise ValueError(f"config={path!r} is neither JSON nor YAML: {error}") from None
     if not isinstance(given, dict) or not all(isinstance(name, str) for name in given):
         raise ValueError(f"config={path!r} must hold options by their names, such as arch: lenet5")
@@ -598,8 +612,8 @@ def _config_words(finder, given, typed, others): # {"arch": "lenet5", "K": 16} �
     sized = any(getattr(typed, name) is not None for name in SIZES)
     model = [str(given["model"])] if "model" in given and not others else []
     left = {name: value for name, value in given.items() if name != "model" and not (sized and name in SIZES)}
-    words = [word for name, value in left.items() for word in _option_words(name.replace("_", "-"), value)]
     try:
+        words = [word for name, value in left.items() for word in _option_words(name.replace("_", "-"), value)]
         finder.parse_args(words)
     except _UsageError as error:
         raise _UsageError(f"config={typed.config!r}: {error}") from None
@@ -662,8 +676,16 @@ def _parsed(words): # the words after `deepkmeans` → what the parser makes of 
     return parser.parse_args(words)
 
 # %% ../nbs/40_cli.ipynb #complain
-def _complain(error): # in one line
-    _print(f"deepkmeans: error: {' '.join(str(error).split()) or type(error).__name__}", sys.stderr)
+def _complain(error, kind="error"): # in one line
+    _print(f"deepkmeans: {kind}: {' '.join(str(error).split()) or type(error).__name__}", sys.stderr)
+
+
+def _warn(warning, *_): # in the place of warnings.showwarning
+    _complain(warning, "warning")
+
+# %% ../nbs/40_cli.ipynb #json
+def _json(data):
+    return json.dumps(json.loads(json.dumps(data), parse_constant=lambda _: None))
 
 # %% ../nbs/40_cli.ipynb #main
 def main(
@@ -674,9 +696,10 @@ def main(
         signal.signal(signal.SIGINT, _stop)
     try:
         args = _parsed(sys.argv[1:] if argv is None else list(argv))
-        with redirect_stdout(sys.stderr):  # whatever a library prints is no result
+        with redirect_stdout(sys.stderr), warnings.catch_warnings():  # whatever a library prints is no result
+            warnings.showwarning = _warn
             data, text = args.run(args)
-        _print(json.dumps(data) if args.json else text, sys.stdout)
+        _print(_json(data) if args.json else text, sys.stdout)
     except (ValueError, OSError, ImportError, MemoryError) as error:
         _complain(error)
         return 1

@@ -35,6 +35,16 @@ def noted(note):
     return net
 def text(): return noted("small-v2")
 def table(): return noted({"channels": 1})
+def diverged():
+    net = small()
+    net.register_forward_hook(lambda net, images, y: y * float("nan"))
+    return net
+def picky():
+    net = small()
+    def check(net, images):
+        assert images[0].shape[-1] == 9, "Wrong image height!"
+    net.register_forward_pre_hook(check)
+    return net
 def number(): return 7
 def broken(): return 1 / 0
 
@@ -231,6 +241,9 @@ def test_energy_of_a_file_and_of_a_name(here, capsys):
         ("energy good.dkm --arch mine:small --input 1 8 8", "has no"),
         ("energy lenet5 --arch lenet5", "either a FILE or --arch"),
         ("compress lenet.pt --arch lenet5 --ratio 20 --sparsity 0.5 -o x.dkm", "sparsity=0.5 cannot be given"),
+        ("compress lenet.pt --arch lenet5 --plan wrn-45 -o x.dkm", "name='wrn-45' is a plan for the 16 convolutions"),
+        ("energy vit_b_16 --input 3 32 32", "the network does not run on it (Wrong image height!"),
+        ("energy --arch mine:picky --input 1 8 8", "the network does not run on it (Wrong image height!"),
         ("compress lenet.pt --arch lenet5 --plan wrn-45 --first 9 -o x.dkm", "first=9 cannot be given with --plan"),
         ("compress lenet.pt --arch lenet5 --plan wrn-45 --sparsity 0 -o x.dkm", "sparsity=0.0 cannot be given with"),
         ("compress lenet.pt --arch lenet5 --plan wrn-45 --layout row -o x.dkm", "layout='row' cannot be given with"),
@@ -470,6 +483,37 @@ def test_images_that_a_network_does_not_take_are_named(here, capsys, tmp_path):
     assert code == 1 and "does not take the images and labels of pets" in err and not Path("x.dkm").exists()
 
 
+def test_whatever_a_network_says_to_images_is_one_line(here, capsys):
+    save_file(mine_small(here).state_dict(), "own.safetensors")
+    assert run("compress own.safetensors --arch mine:small --K 3 -o own.dkm", capsys)[0] == 0
+    for line in (
+        "compress own.safetensors --arch mine:picky --K 3 --data digits -o x.dkm",
+        "evaluate own.dkm --arch mine:picky --data digits",
+    ):
+        said = "deepkmeans: error: the network does not take the images and labels of digits: Wrong image height!\n"
+        assert run(line, capsys) == (1, "", said)
+
+
+def test_json_has_null_for_what_is_no_number(here, capsys):
+    save_file(mine_small(here).state_dict(), "own.safetensors")
+    line = "compress own.safetensors --arch mine:diverged --K 3 --data digits -o own.dkm --json"
+    compressed, measured = (
+        json.loads(run(line, capsys)[1], parse_constant=pytest.fail)
+        for line in (line, "evaluate own.dkm --arch mine:diverged --data digits --json")
+    )
+    assert compressed["before"]["loss"] is compressed["after"]["loss"] is measured["loss"] is None
+
+
+def test_a_warning_is_one_line(here, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("deepkmeans.data._tv_split", lambda _: pytest.fail("something was downloaded"))
+    monkeypatch.setattr("torchvision.datasets.MNIST", lambda *_, **__: open("nowhere/mnist"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    code, out, err = run("compress lenet.pt --arch lenet5 --K 4 --data mnist --data-root nowhere -o x.dkm", capsys)
+    warning, error = err.splitlines()
+    assert code == 1 and out == "" and error.startswith("deepkmeans: error: mnist was not found.")
+    assert warning.startswith("deepkmeans: warning: mnist is not among the local files; ")
+
+
 def test_what_is_said_of_the_size_is_that_of_the_file(here, capsys):
     options = "--K 8 --include Conv2d --include Linear --codebook float16 --json"
     found = json.loads(run(f"compress lenet.pt --arch lenet5 {options} -o half.dkm", capsys)[1])
@@ -514,11 +558,20 @@ def test_energy_takes_the_name_of_a_network(capsys):
     assert main(["energy", "missing.dkm"]) == 1
 
 
+@pytest.mark.parametrize("name", [*cli.MODELS, "inception_v3"])
+def test_energy_has_an_image_for_every_network_and_no_folder_hides_it(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path(name).mkdir()
+    code, out, err = run(f"energy {name} --json", capsys)
+    assert code == 0 and json.loads(out)["macs"] > 10**6, err
+    assert all(line.startswith("deepkmeans: warning: ") for line in err.splitlines())
+
+
 CONFIGS = {
     "lenet.yaml": """
         # comments are welcome
         arch: lenet5
-        first: 0.5
+        first: 5e-1
         rate: 0.1
         exclude: [fc1, "fc*"]
         include: [Conv2d, Linear]
@@ -528,7 +581,7 @@ CONFIGS = {
     "lenet.json": """{"arch": "lenet5", "first": 0.5, "rate": 0.1, "exclude": ["fc1", "fc*"],
         "include": ["Conv2d", "Linear"], "seed": 3, "codebook": "float16"}""",
 }
-TYPED = "--arch lenet5 --first 0.5 --rate 0.1 --exclude fc1 --exclude fc* --include Conv2d --include Linear --seed 3"
+TYPED = "--arch lenet5 --first 50e-2 --rate 0.1 --exclude fc1 --exclude fc* --include Conv2d --include Linear --seed 3"
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -567,6 +620,8 @@ def test_a_typed_option_wins_and_a_file_may_name_everything(folder, tmp_path, mo
         ("", "must hold options by their names"),
         ("16: 3", "must hold options by their names"),
         (b"\xff\xfe\x00", "is neither JSON nor YAML"),
+        ("json: !!bool maybe", "bad.yaml' is neither JSON nor YAML: 'maybe'"),
+        ("card: {trained: 2024-13-45}", "bad.yaml' is neither JSON nor YAML: month must be in 1..12"),
         ("[" * 5000, "is neither JSON nor YAML"),
         (None, "No such file"),
     ],
@@ -592,6 +647,10 @@ def test_a_card_is_written_by_options_or_a_file_and_inspected(folder, tmp_path, 
     for name in ("typed", "file"):
         assert json.loads(run(f"inspect {tmp_path}/{name}.dkm --json", capsys)[1])["card"] == told
     assert "licence: MIT\n" in run(f"inspect {tmp_path}/file.dkm", capsys)[1]
+    (tmp_path / "dates.yaml").write_text("card: {trained: 2024-05-01, at: 2024-05-01 12:30:00, delta: -3}")
+    assert main(f"{start} {tmp_path}/dates.dkm --config {tmp_path}/dates.yaml --card rows=3000000000".split()) == 0
+    dates = {"trained": "2024-05-01", "at": "2024-05-01 12:30:00", "delta": -3, "rows": 3_000_000_000}
+    assert inspect(tmp_path / "dates.dkm").card == dates
     code, _, err = run(f"{start} {tmp_path}/x.dkm --card licence", capsys)
     assert code == 1 and "card='licence' must read NAME=VALUE" in err and not (tmp_path / "x.dkm").exists()
 
@@ -620,6 +679,8 @@ def test_a_typed_model_wins_over_that_of_a_file(folder, tmp_path, monkeypatch, c
         ("ratoi: 20\narch: lenet5\nmodel: lenet.pt", "has an unknown option 'ratoi' (did you mean 'ratio'?)"),
         ("config: other.yaml", "has an unknown option 'config'"),
         ("zzzzzz: 20", "has an unknown option 'zzzzzz'; see"),
+        ("card: {key: !!binary aGVsbG8=}", "b'hello' is no text, number or date"),
+        ("card: {key: !!set {a, b}}", "is no text, number or date"),
         ("K: many", "argument --K: 'many' must be a whole number of at least 1"),
         ("layout: rwo", "argument --layout: invalid choice: 'rwo'"),
         ("K: 4\nratio: 3", "argument --ratio: not allowed with argument --K"),
