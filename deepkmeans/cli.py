@@ -684,7 +684,7 @@ def _warn(warning, *_): # in the place of warnings.showwarning
     _complain(warning, "warning")
 
 # %% ../nbs/40_cli.ipynb #json
-def _json(data):
+def _valid_json(data):
     return json.dumps(json.loads(json.dumps(data), parse_constant=lambda _: None))
 
 # %% ../nbs/40_cli.ipynb #main
@@ -699,7 +699,7 @@ def main(
         with redirect_stdout(sys.stderr), warnings.catch_warnings():  # whatever a library prints is no result
             warnings.showwarning = _warn
             data, text = args.run(args)
-        _print(_json(data) if args.json else text, sys.stdout)
+        _print(_valid_json(data) if args.json else text, sys.stdout)
     except (ValueError, OSError, ImportError, MemoryError) as error:
         _complain(error)
         return 1
