@@ -24,7 +24,7 @@ from .clustering import decode, encode, kmeans, pinned_rows
 from .retrain import check_loader, heads, pairs, seeded
 from .rows import to_rows
 from .plan import LAYERS, LayerPlan, Plan, dense_layers, excluded_layers, layers_of, make_plan
-from .sharing import cluster_layers, planned_layers, share_layers, side_by_side
+from .sharing import cluster_layers, share_layers, shareable_layers, side_by_side
 
 # %% ../nbs/08_allocation.ipynb #differentiable
 @contextmanager
@@ -344,7 +344,7 @@ def layer_curves(
 ) -> dict: # {layer name: LayerCurve}
     """What `allocate` has to know, to be measured once. Raises `ValueError` as `make_plan`, `share` and `fisher` do."""
     _check_images(images)
-    layers = planned_layers(model, layers_of(model, include, exclude))
+    layers = shareable_layers(model, layers_of(model, include, exclude))
     weights = {name: m.weight.detach() for name, m in layers.items()}
     importance = _importance(model, loader, weights, images, seed)
     how = dict(layout=layout, sparsities=SPARSITIES if sparsity else (0.0,), seed=seed, backend=backend)

@@ -308,7 +308,8 @@ def _scalar(loss):
 
 def _right(output, y):  # how many guesses are right, NaN where the labels are no classes
     guesses = heads(output)[0].argmax(1)  # (b,)
-    return (guesses == y).sum() if y.ndim == 1 else torch.tensor(nan, device=y.device)
+    classes = y.ndim == 1 and not y.is_floating_point()
+    return (guesses == y).sum() if classes else torch.tensor(nan, device=y.device)
 
 # %% ../nbs/05_retrain.ipynb #epoch
 class _Step(NamedTuple):
@@ -365,6 +366,8 @@ def _train_epoch(step, loader, device, start, total, bar):
     sums, began = torch.zeros(4, dtype=torch.float64, device=device), perf_counter()
     steps = start
     for steps, (x, y) in enumerate(_on_device(loader, device), start + 1):
+        if not len(y):
+            raise ValueError(f"batch {steps - start} of the loader holds no images")
         sums += step(x, y, min(1.0, (steps - 1) / total), min(1.0, steps / total))
         bar.update()
         if (steps - start) % SHOWN_EVERY == 1:
