@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from .accounting import check_coding, compression, index_bits
 from .clustering import decode, encode, kmeans, pinned_rows
-from .retrain import check_loader, heads, pairs, seeded
+from .retrain import check_loader, heads, in_eval, pairs, seeded
 from .rows import to_rows
 from .plan import LAYERS, LayerPlan, Plan, dense_layers, excluded_layers, layers_of, make_plan
 from .sharing import cluster_layers, share_layers, shareable_layers, side_by_side
@@ -29,19 +29,15 @@ from .sharing import cluster_layers, share_layers, shareable_layers, side_by_sid
 # %% ../nbs/08_allocation.ipynb #differentiable
 @contextmanager
 def _differentiable(model, weights):
-    modes = [(m, m.training) for m in model.modules()]
     frozen = [w for w in weights if not w.requires_grad]
     try:
-        with torch.inference_mode(False), torch.enable_grad():
-            model.eval()
+        with in_eval(model), torch.inference_mode(False), torch.enable_grad():
             for w in frozen:
                 w.requires_grad_(True)
             yield
     finally:
         for w in frozen:
             w.requires_grad_(False)
-        for m, mode in modes:
-            m.training = mode
 
 # %% ../nbs/08_allocation.ipynb #scores
 def _score_gradients(model, x, weights, generator):  # for each weight: gradient of −log p(y|x), y drawn, over the batch
