@@ -21,28 +21,24 @@ import torch.nn.functional as F
 
 from .accounting import check_coding, compression, index_bits
 from .clustering import decode, encode, kmeans, pinned_rows
-from .retrain import check_loader, heads, pairs, seeded
+from .retrain import check_loader, heads, in_eval, pairs, seeded
 from .rows import to_rows
 from .plan import CONVOLUTIONS, LAYERS, TRANSPOSED, LayerPlan, Plan
 from .plan import dense_layers, excluded_layers, layers_of, make_plan
-from .sharing import cluster_layers, planned_layers, share_layers, side_by_side
+from .sharing import cluster_layers, share_layers, shareable_layers, side_by_side
 
 # %% ../nbs/08_allocation.ipynb #differentiable
 @contextmanager
 def _differentiable(model, weights):
-    modes = [(m, m.training) for m in model.modules()]
     frozen = [w for w in weights if not w.requires_grad]
     try:
-        with torch.inference_mode(False), torch.enable_grad():
-            model.eval()
+        with in_eval(model), torch.inference_mode(False), torch.enable_grad():
             for w in frozen:
                 w.requires_grad_(True)
             yield
     finally:
         for w in frozen:
             w.requires_grad_(False)
-        for m, mode in modes:
-            m.training = mode
 
 # %% ../nbs/08_allocation.ipynb #scores
 def _score_gradients(model, x, weights, generator):  # for each weight: gradient of −log p(y|x), y drawn, over the batch
@@ -345,7 +341,7 @@ def layer_curves(
 ) -> dict: # {layer name: LayerCurve}
     """What `allocate` has to know, to be measured once. Raises `ValueError` as `make_plan`, `share` and `fisher` do."""
     _check_images(images)
-    layers = planned_layers(model, layers_of(model, include, exclude))
+    layers = shareable_layers(model, layers_of(model, include, exclude))
     weights = {name: m.weight.detach() for name, m in layers.items()}
     importance = _importance(model, loader, weights, images, seed)
     how = dict(layout=layout, sparsities=SPARSITIES if sparsity else (0.0,), seed=seed, backend=backend)

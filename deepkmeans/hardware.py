@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .clustering import pinned_rows
 from .models import first_line
 from .reports import Report
+from .retrain import in_eval, seeded
 from .rows import row_length
 from .plan import LAYERS, TRANSPOSED, LayerPlan, type_name
 from .sharing import shared_layers
@@ -60,17 +61,13 @@ def _macs(module, shape, x, y):
 # %% ../nbs/09_hardware.ipynb #left-as-it-is
 @contextmanager
 def _left_as_it_is(model):
-    training = [m for m in model.modules() if m.training]
     known = [m for m in model.modules() if not isinstance(m, LazyModuleMixin)]  # the first run makes those
     held = [d for m in known for d in (vars(m), m._parameters, m._buffers)]
     before = [dict(d.items()) for d in held]
     try:
-        for m in training:
-            m.training = False
-        yield
+        with in_eval(model):
+            yield
     finally:
-        for m in training:
-            m.training = True
         for d, old in zip(held, before):
             for key in set(d.keys()).difference(old):
                 del d[key]
@@ -92,7 +89,7 @@ def _forward(model, input_shape):
     if not isinstance(input_shape, torch.Tensor):
         with _left_as_it_is(model):
             return _on_meta(model, input_shape)
-    with _left_as_it_is(model), torch.random.fork_rng(devices=[]):
+    with _left_as_it_is(model), seeded(0):
         return model(input_shape)
 
 # %% ../nbs/09_hardware.ipynb #recorded

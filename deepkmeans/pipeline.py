@@ -18,8 +18,8 @@ import torch.nn as nn
 from .accounting import CompressionReport, compression
 from .allocation import allocate, check_ratio
 from .regularizer import Regularizer
-from .retrain import Accuracy, _check_sgd, _check_training, _modes, _restore_modes
-from .retrain import classification_loss, evaluate, train
+from .retrain import Accuracy, _check_sgd, _check_training
+from .retrain import classification_loss, evaluate, modes_kept, train
 from .plan import LAYERS, Plan
 from .sharing import SharingReport, share, shared_layers, unshare
 
@@ -86,16 +86,14 @@ def _check_call(model, ratio, loader, epochs, lr, schedule, **sgd):
 @contextmanager
 def _all_or_nothing(model):  # after an error, or Ctrl-C, weights and buffers are those from before; modes always are
     before = deepcopy(model.state_dict())
-    modes = _modes(model)
-    try:
-        yield
-    except BaseException:
-        if shared_layers(model):
-            unshare(model)
-        model.load_state_dict(before)
-        raise
-    finally:
-        _restore_modes(modes)
+    with modes_kept(model):
+        try:
+            yield
+        except BaseException:
+            if shared_layers(model):
+                unshare(model)
+            model.load_state_dict(before)
+            raise
 
 # %% ../nbs/13_compress.ipynb #retrained
 def _retrained(model, plan, ratio, loader, distill, seed, backend, **training):  # → history, codes

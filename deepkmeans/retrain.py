@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'AUXILIARY', 'TEMPERATURE', 'TAUGHT', 'SHOWN_EVERY', 'heads', 'check_loader', 'pairs', 'seeded',
-           'Accuracy', 'evaluate', 'classification_loss', 'distillation_loss', 'train']
+           'Accuracy', 'modes_kept', 'in_eval', 'evaluate', 'classification_loss', 'distillation_loss', 'train']
 
 # %% ../nbs/05_retrain.ipynb #imports
 import hashlib
@@ -97,24 +97,28 @@ class Accuracy(NamedTuple):
 def _device(model):
     return next(chain(model.parameters(), model.buffers()), torch.empty(0)).device
 
-
-def _modes(model):  # of every module: is it in training?
-    return {module: module.training for module in model.modules()}
-
-
-def _restore_modes(modes):
-    for module, training in modes.items():
-        module.training = training
-
-
+# %% ../nbs/05_retrain.ipynb #modes-kept
 @contextmanager
-def _in_eval(model):  # each module gets its mode back, after an error too
-    modes = _modes(model)
+def modes_kept(
+    model: nn.Module,
+):
+    """Afterwards, and after an error too, each module is in the mode that it was in."""
+    modes = {module: module.training for module in model.modules()}
     try:
-        model.eval()
         yield
     finally:
-        _restore_modes(modes)
+        for module, training in modes.items():
+            module.training = training
+
+# %% ../nbs/05_retrain.ipynb #in-eval
+@contextmanager
+def in_eval(
+    model: nn.Module,
+):
+    """In eval mode; afterwards, and after an error too, each module has its own mode again."""
+    with modes_kept(model):
+        model.eval()
+        yield
 
 # %% ../nbs/05_retrain.ipynb #evaluate-scores
 def _classes(labels):
@@ -147,7 +151,7 @@ def evaluate(
     check_loader(loader)
     device = _device(model)
     images, total = 0, 0.0
-    with _in_eval(model), seeded(0):
+    with in_eval(model), seeded(0):
         for x, y in _on_device(loader, device):
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
                 output = model(x)
@@ -308,7 +312,8 @@ def _scalar(loss):
 
 def _right(output, y):  # how many guesses are right, NaN where the labels are no classes
     guesses = heads(output)[0].argmax(1)  # (b,)
-    return (guesses == y).sum() if y.ndim == 1 else torch.tensor(nan, device=y.device)
+    classes = y.ndim == 1 and not y.is_floating_point()
+    return (guesses == y).sum() if classes else torch.tensor(nan, device=y.device)
 
 # %% ../nbs/05_retrain.ipynb #epoch
 class _Step(NamedTuple):
@@ -365,6 +370,8 @@ def _train_epoch(step, loader, device, start, total, bar):
     sums, began = torch.zeros(4, dtype=torch.float64, device=device), perf_counter()
     steps = start
     for steps, (x, y) in enumerate(_on_device(loader, device), start + 1):
+        if not len(y):
+            raise ValueError(f"batch {steps - start} of the loader holds no images")
         sums += step(x, y, min(1.0, (steps - 1) / total), min(1.0, steps / total))
         bar.update()
         if (steps - start) % SHOWN_EVERY == 1:
@@ -531,7 +538,7 @@ def train(
     if not model.training:
         model.train()
     bar = tqdm(total=epochs * steps, initial=len(history) * steps, disable=not progress, mininterval=0.5)
-    teaching = nullcontext() if teacher is None else _in_eval(teacher)
+    teaching = nullcontext() if teacher is None else in_eval(teacher)
     with bar, teaching, torch.random.fork_rng():
         for epoch in range(len(history), epochs):
             torch.manual_seed(seed + 1_000_003 * epoch)  # dropout; the global state is put back at the end

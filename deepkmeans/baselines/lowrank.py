@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 from ..accounting import FLOAT_BITS, compression
 from ..plan import CONVOLUTIONS, dense_layers, excluded_layers, layers_of
 from ..reports import Report, as_text
-from ..sharing import planned_layers
+from ..sharing import shareable_layers
 
 # %% ../../nbs/24_lowrank.ipynb #factor-report
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def _factor_line(name, weight, ranks, factors, error):
 
 # %% ../../nbs/24_lowrank.ipynb #to-factor
 def _to_factor(model, include, exclude):  # → {layer name: module}, checked, and a report
-    layers = planned_layers(model, layers_of(model, include, exclude))
+    layers = shareable_layers(model, layers_of(model, include, exclude))
     return layers, FactorReport([], dense_layers(model, layers, excluded_layers(model, include, exclude)))
 
 # %% ../../nbs/24_lowrank.ipynb #check-names
@@ -379,7 +379,7 @@ def separable(
     energy, ratio and ranks is given, within its bounds, and for ranks of an unknown layer.
     """
     _check_separable(energy, ratio, ranks)
-    planned = planned_layers(model, layers_of(model, nn.Conv2d, exclude))
+    planned = shareable_layers(model, layers_of(model, nn.Conv2d, exclude))
     convs = {name: conv for name, conv in planned.items() if conv.groups == 1}
     svds = {name: _separable_svd(conv) for name, conv in convs.items()}
     chosen = ranks
