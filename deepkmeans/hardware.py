@@ -24,7 +24,7 @@ from .models import first_line
 from .reports import Report
 from .retrain import in_eval, seeded
 from .rows import row_length
-from .plan import LAYERS, TRANSPOSED, LayerPlan, type_name
+from .plan import LAYERS, TRANSPOSED, check_plan, type_name
 from .sharing import shared_layers
 
 # %% ../nbs/09_hardware.ipynb #adder-bits
@@ -264,13 +264,12 @@ def _clusters(module, plan):
 
 # %% ../nbs/09_hardware.ipynb #planned
 def _sharing(plan, modules, shared):  # {layer name: (k, layout)} of what is shared or to be counted so
-    for name, own in plan.items():
+    check_plan(plan)
+    for name in plan:
         if name in shared:
             raise ValueError(f"plan names {name!r}, which is shared already")
         if name not in modules:
             raise ValueError(f"plan names {name!r}, which is no convolution or linear layer of the network")
-        if not isinstance(own, LayerPlan):
-            raise ValueError(f"plan[{name!r}]={own!r} must be a LayerPlan")
     planned = {name: (_clusters(modules[name], own), own.layout) for name, own in plan.items()}
     return {name: (len(s.counts), s.layout) for name, s in shared.items()} | planned
 
