@@ -11,6 +11,7 @@ import json
 from dataclasses import asdict
 from itertools import accumulate
 from math import isfinite, log
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -417,12 +418,12 @@ KINDS = ("hard", "indicator", "spectral", "none")
 def _check_arguments(kind, strength, refresh_every, bits):
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} must be one of {', '.join(KINDS)}")
-    number = isinstance(strength, (int, float)) and strength >= 0 and isfinite(strength)
+    number = isinstance(strength, Real) and strength >= 0 and isfinite(strength)
     if kind in ("indicator", "spectral") and not number:
         raise ValueError(f"strength={strength!r} must be a finite number, at least 0")
     if refresh_every < 1:
         raise ValueError(f"refresh_every={refresh_every} must be at least 1")
-    counted = isinstance(bits, (int, float)) and bits > 0 and isfinite(bits)
+    counted = isinstance(bits, Real) and bits > 0 and isfinite(bits)
     if bits is not None and not (kind == "hard" and counted):
         raise ValueError(f"bits={bits!r} must be a finite number above 0, and kind={kind!r} must be 'hard'")
 
@@ -463,7 +464,7 @@ class Regularizer:
         self.kind = kind
         self.strength = strength
         self.refresh_every = refresh_every
-        self.bits = bits
+        self.bits = None if bits is None else float(bits)
         self.seed = seed
         if kind == "hard":
             _check_pins(plan)
