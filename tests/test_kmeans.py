@@ -371,13 +371,14 @@ def put_in_place(tmp_path, monkeypatch):  # of KeOps, a library of this source
 )
 def test_keops_that_does_not_work_stays_in_a_child(put_in_place, tmp_path, monkeypatch, source, said):
     put_in_place(source)
-    monkeypatch.setattr(keops, "_PATIENCE", 6)
+    if source == HANG:
+        monkeypatch.setattr(keops, "_PATIENCE", 6)
     rows, began = normal(200, 3), time.monotonic()
     for _ in range(2):  # the second from what the first kept
         with pytest.warns(UserWarning, match=f"backend='keops' does not work here .{said}.*using 'torch'"):
             found = encode(rows, rows[:9], backend="keops")
         keops.fault.cache_clear()
-    assert torch.equal(found[0], encode(rows, rows[:9], backend="torch")[0]) and time.monotonic() - began < 30
+    assert torch.equal(found[0], encode(rows, rows[:9], backend="torch")[0]) and time.monotonic() - began < 60
     assert (tmp_path / "tried").read_text() == ".", "one process has tried it, once"
 
 
