@@ -7,11 +7,36 @@ __all__ = ['plusplus']
 
 # %% ../nbs/52_seeding.ipynb #imports
 from math import ceil, log2
+from typing import NamedTuple
 
 import numpy as np
 
-from .kernels import _INF, _ZERO, _box, make_tree, tree_order
+from .kernels import _INF, _ZERO, _box, _parts, make_tree, tree_order
 from .passes import _quick, _strict
+
+# %% ../nbs/52_seeding.ipynb #seeding
+class _Seeding(NamedTuple):  # on its way
+    x: np.ndarray # (n, d) float32, the rows in the order of a tree
+    weight: np.ndarray # (n,) float64
+    starts: np.ndarray # (leaves + 1,) int64: where the rows of each leaf begin, and n
+    low: np.ndarray # (nodes, d), and
+    high: np.ndarray # (nodes, d), the corners of each node's box
+    square: np.ndarray # (n,) float32, of each row's distance to its nearest centre
+    top: np.ndarray # (nodes,) float32, the largest square below each node
+    mass: np.ndarray # (nodes,) float64, the sum of weight times square below it
+    near: np.ndarray # room for the squares of a leaf
+    stack: np.ndarray # room for the nodes that are still to be visited
+    found: np.ndarray # room for the numbers of all leaves
+
+# %% ../nbs/52_seeding.ipynb #begin
+def _begin(x, weight, depth):  # a seeding without a centre
+    leaves = 2**depth
+    starts = _parts(len(x), depth)
+    _, low, high = make_tree(x, depth, np.diff(starts).max())
+    square, top = np.full(len(x), _INF), np.full(len(low), _INF)
+    near, stack = np.empty(np.diff(starts).max(), np.float32), np.empty(leaves + depth + 1, np.int64)
+    found = np.empty(leaves, np.int64)
+    return _Seeding(np.asfortranarray(x), weight, starts, low, high, square, top, np.zeros(len(low)), near, stack, found)
 
 # %% ../nbs/52_seeding.ipynb #to-row
 @_strict
@@ -24,9 +49,10 @@ def _to_row(c, x, begin, end, near):  # near: squared distances of the rows from
 
 # %% ../nbs/52_seeding.ipynb #leaves-near
 @_quick
-def _leaves_near(c, x, low, high, top, depth, stack, found):
+def _leaves_near(c, seeding):
     # the leaves with rows that a centre at row c may be nearer to than theirs: how many, and which
-    v = 2**depth - 1 + ((c + 1) * 2**depth - 1) // len(x)
+    stack, found, leaves = seeding.stack, seeding.found, len(seeding.found)
+    v = leaves - 1 + ((c + 1) * leaves - 1) // len(seeding.x)
     at = count = 0
     stack[0] = v
     while v > 0:  # what hangs beside the way from its own leaf to the root
@@ -36,26 +62,27 @@ def _leaves_near(c, x, low, high, top, depth, stack, found):
     while at >= 0:
         v = stack[at]
         at -= 1
-        if _box(x, c, low, high, v) >= top[v]:
+        if _box(seeding.x, c, seeding.low, seeding.high, v) >= seeding.top[v]:
             continue
-        if v < 2**depth - 1:
+        if v < leaves - 1:
             stack[at + 1], stack[at + 2] = 2 * v + 2, 2 * v + 1
             at += 2
         else:
-            found[count] = v - 2**depth + 1
+            found[count] = v - leaves + 1
             count += 1
     return count
 
 # %% ../nbs/52_seeding.ipynb #place
 @_quick
-def _place_centre(c, x, near, weight, square, low, high, top, mass, depth, stack, found):  # put a centre at row c
-    for s in found[:_leaves_near(c, x, low, high, top, depth, stack, found)]:
-        begin, end = (len(x) * s) >> depth, (len(x) * (s + 1)) >> depth
-        _to_row(c, x, begin, end, near)
-        v = 2**depth - 1 + s
+def _place_centre(c, seeding):  # put a centre at row c
+    weight, square, top, mass = seeding.weight, seeding.square, seeding.top, seeding.mass
+    for s in seeding.found[:_leaves_near(c, seeding)]:
+        begin, end = seeding.starts[s], seeding.starts[s + 1]
+        _to_row(c, seeding.x, begin, end, seeding.near)
+        v = len(seeding.found) - 1 + s
         top[v], mass[v] = _ZERO, 0.0
         for i in range(begin, end):
-            square[i] = min(square[i], near[i - begin])
+            square[i] = min(square[i], seeding.near[i - begin])
             top[v] = max(top[v], square[i])
             mass[v] += weight[i] * square[i]
         while v > 0:
@@ -64,22 +91,21 @@ def _place_centre(c, x, near, weight, square, low, high, top, mass, depth, stack
 
 # %% ../nbs/52_seeding.ipynb #seed-visit
 @_quick
-def _gain(c, x, near, weight, square, low, high, top, depth, stack, found):
-    # by how much a centre at row c would lower the potential
+def _gain(c, seeding):  # by how much a centre at row c would lower the potential
     total = 0.0
-    for s in found[:_leaves_near(c, x, low, high, top, depth, stack, found)]:
-        begin, end = (len(x) * s) >> depth, (len(x) * (s + 1)) >> depth
-        _to_row(c, x, begin, end, near)
-        own, w = square[begin:end], weight[begin:end]
+    for s in seeding.found[:_leaves_near(c, seeding)]:
+        begin, end = seeding.starts[s], seeding.starts[s + 1]
+        _to_row(c, seeding.x, begin, end, seeding.near)
+        own, w = seeding.square[begin:end], seeding.weight[begin:end]
         for i in range(end - begin):
-            gap = np.float64(own[i]) - near[i]
+            gap = np.float64(own[i]) - seeding.near[i]
             total += w[i] * (gap if gap > 0 else 0.0)
     return total
 
 # %% ../nbs/52_seeding.ipynb #seed-draw
 @_quick
-def _draw(u, weight, square, mass, depth):  # a row with probability proportional to its weight·D²
-    n, leaves = len(square), 2**depth
+def _draw(u, seeding):  # a row with probability proportional to its weight·D²
+    square, mass, leaves = seeding.square, seeding.mass, len(seeding.found)
     v = 0
     rest = u * mass[0]
     while v < leaves - 1:
@@ -88,34 +114,31 @@ def _draw(u, weight, square, mass, depth):  # a row with probability proportiona
             rest -= mass[v]
             v += 1
     s, drawn = v - leaves + 1, -1
-    for i in range((n * s) >> depth, (n * (s + 1)) >> depth):
+    for i in range(seeding.starts[s], seeding.starts[s + 1]):
         if square[i] > 0:
             drawn = i
-            rest -= weight[i] * square[i]
+            rest -= seeding.weight[i] * square[i]
             if rest < 0:
                 break
     return drawn
 
 # %% ../nbs/52_seeding.ipynb #choose
 @_quick
-def _choose(x, weight, first, draws, low, high, depth):
-    square, top = np.full(len(x), _INF, np.float32), np.full(len(low), _INF, np.float32)
-    mass, near = np.zeros(len(low)), np.empty((len(x) >> depth) + 1, np.float32)
-    stack, found = np.empty(2**depth + depth + 1, np.int64), np.empty(2**depth, np.int64)
+def _choose(seeding, first, draws):
     chosen = np.empty(len(draws) + 1, np.int64)
     chosen[0] = first
-    _place_centre(first, x, near, weight, square, low, high, top, mass, depth, stack, found)
+    _place_centre(first, seeding)
     for t in range(len(draws)):
-        if mass[0] <= 0:
+        if seeding.mass[0] <= 0:
             return chosen[:t + 1]
         best, most = -1, -1.0
         for u in draws[t]:
-            i = _draw(u, weight, square, mass, depth)
-            gain = _gain(i, x, near, weight, square, low, high, top, depth, stack, found)
+            i = _draw(u, seeding)
+            gain = _gain(i, seeding)
             if gain > most:
                 best, most = i, gain
         chosen[t + 1] = best
-        _place_centre(best, x, near, weight, square, low, high, top, mass, depth, stack, found)
+        _place_centre(best, seeding)
     return chosen
 
 # %% ../nbs/52_seeding.ipynb #plusplus
@@ -132,5 +155,4 @@ def plusplus(
     x, weight = x[order], np.ones(n) if weight is None else weight[order]
     cumulated = weight.cumsum()
     start = min(np.searchsorted(cumulated, first * cumulated[-1], side="right"), n - 1)
-    _, low, high = make_tree(x, depth, -(-n // 2**depth))
-    return order[_choose(np.asfortranarray(x), weight, start, draws, low, high, depth)]
+    return order[_choose(_begin(x, weight, depth), start, draws)]
