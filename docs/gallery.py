@@ -117,7 +117,13 @@ stands under, but for the paper's own.
 
 `deepkmeans reproduce` draws everything again from the committed records and makes the runs that are missing; with \
 `--again` it makes them all. The column `run` names the records of a line, which hold parameters, data, machine, \
-versions and commit."""
+versions and commit.
+
+In the tables of the paper, *ours* is the change of accuracy against the baseline in points ± its standard error, and \
+how many runs it is the mean of; *difference* is ours less the paper's, † stands where the paper has no such number. \
+*Nominal* is the ratio that a line is named after. A ratio *on disk* is that of the file; *entropy*, *log2 K* and \
+*Huffman* count the codes by these lengths, *numbers* the parameters. `cifar10-jpeg`: \
+[CIFAR-10 from a copy whose images were coded as JPEG](../nbs/12_data.ipynb)."""
 
 
 def write_gallery(
