@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .kernels import _INF, _ZERO, _box, _parts, make_tree, tree_order
 from .passes import _quick, _strict
+from .tree import _INF, _ZERO, _box, _parts, make_boxes, tree_order
 
 # %% ../nbs/52_seeding.ipynb #seeding
 class _Seeding(NamedTuple):  # on its way
@@ -30,13 +30,11 @@ class _Seeding(NamedTuple):  # on its way
 
 # %% ../nbs/52_seeding.ipynb #begin
 def _begin(x, weight, depth):  # a seeding without a centre
-    leaves = 2**depth
-    starts = _parts(len(x), depth)
-    _, low, high = make_tree(x, depth, np.diff(starts).max())
-    square, top = np.full(len(x), _INF), np.full(len(low), _INF)
-    near, stack = np.empty(np.diff(starts).max(), np.float32), np.empty(leaves + depth + 1, np.int64)
-    found = np.empty(leaves, np.int64)
-    return _Seeding(np.asfortranarray(x), weight, starts, low, high, square, top, np.zeros(len(low)), near, stack, found)
+    starts, (low, high) = _parts(len(x), depth), make_boxes(x, depth)
+    square, top, mass = np.full(len(x), _INF), np.full(len(low), _INF), np.zeros(len(low))
+    near = np.empty(np.diff(starts).max(), np.float32)
+    stack, found = np.empty(2**depth + depth + 1, np.int64), np.empty(2**depth, np.int64)
+    return _Seeding(np.asfortranarray(x), weight, starts, low, high, square, top, mass, near, stack, found)
 
 # %% ../nbs/52_seeding.ipynb #to-row
 @_strict

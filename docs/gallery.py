@@ -264,6 +264,7 @@ TOLD = {
     "data": "dataset.name",
     "fingerprint": "dataset.fingerprint",
     "seeds": "parameters.seed",
+    "repeats": "parameters.repeat",
     "on": "environment.device",
     "torch": "environment.versions.torch",
     "deepkmeans": "environment.versions.deepkmeans",

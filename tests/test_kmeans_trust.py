@@ -402,8 +402,8 @@ for kind in vars(caching).values():
         kind._locator_classes = []  # as where neither the package's folder nor a home can be written to
 with warnings.catch_warnings(record=True) as seen:
     warnings.simplefilter("always")
-    import deepkmeans.kernels as kernels, numpy as np
-    order = kernels.tree_order(np.array([[1], [0]], np.float32), 1).tolist()
+    import deepkmeans.tree as tree, numpy as np
+    order = tree.tree_order(np.array([[1], [0]], np.float32), 1).tolist()
     print(len(seen) > 0, "NUMBA_CACHE_DIR" in str(seen[0].message), order)
 """
 

@@ -26,6 +26,7 @@ SLOW = {  # why the outputs of a notebook are not compared
     "31_suite": "starts kernels",
     "40_cli": "starts processes",
     "49_passes": "compiles",
+    "49_tree": "compiles",
     "50_kernels": "compiles",
     "52_seeding": "compiles",
     "53_intervals": "compiles",
