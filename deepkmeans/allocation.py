@@ -19,11 +19,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .accounting import check_coding, compression, index_bits
+from .accounting import FLOAT_BITS, check_coding, compression, index_bits
 from .clustering import decode, encode, kmeans, pinned_rows
+from .models import first_line
 from .retrain import check_loader, heads, in_eval, pairs, seeded
 from .rows import to_rows
-from .plan import CONVOLUTIONS, LAYERS, TRANSPOSED, LayerPlan, Plan
+from .plan import ALL_CONVOLUTIONS, LAYERS, LayerPlan, Plan
 from .plan import dense_layers, excluded_layers, layers_of, make_plan
 from .sharing import cluster_layers, share_layers, shareable_layers, side_by_side
 
@@ -113,10 +114,13 @@ class LayerCurve:
     bits: np.ndarray  # (s, m) index bits of the rows that are not pinned, by their entropy
     float_bits: int = 32  # of a weight, on disk
 
-    @property
-    def dense_bits(self) -> int:
+    def number_bits(self, coding: str) -> int:
+        """Bits of a weight or of a codebook's number, as `compression` counts them."""
+        return self.float_bits if coding == "file" else FLOAT_BITS
+
+    def dense_bits(self, coding: str) -> int:
         """Bits of the layer's weights when they are not shared."""
-        return self.float_bits * self.n * self.d
+        return self.number_bits(coding) * self.n * self.d
 
 # %% ../nbs/08_allocation.ipynb #by-rising-norm
 def _by_rising_norm(weight, importance, layout):  # (n, d) rows, (n, d) F/2 of their weights
@@ -254,11 +258,12 @@ def options(
     pinned = np.array([pinned_rows(curve.n, share) for share in p])[:, None]  # (s, 1)
     loss = _losses(curve, p, k, pinned)  # (s, m)
     stored = k - (pinned > 0) if coding == "file" else k  # centres; one at zero needs no bytes
-    bits = curve.float_bits * curve.d * stored + _indexes(curve, coding, p, k, pinned)  # (s, m)
-    usable = (bits < curve.dense_bits) & _allowed(k, pinned, curve.n, least)
+    bits = curve.number_bits(coding) * curve.d * stored + _indexes(curve, coding, p, k, pinned)  # (s, m)
+    dense = curve.dense_bits(coding)
+    usable = (bits < dense) & _allowed(k, pinned, curve.n, least)
     k, p = np.broadcast_arrays(k, p[:, None])
-    lists = (0, k), (0.0, p), (curve.dense_bits, bits), (0.0, loss)
-    return Options(*(np.concatenate([[dense], table[usable]]) for dense, table in lists))
+    lists = (0, k), (0.0, p), (dense, bits), (0.0, loss)
+    return Options(*(np.concatenate([[of_dense], table[usable]]) for of_dense, table in lists))
 
 # %% ../nbs/08_allocation.ipynb #solve
 def best_for_price(
@@ -296,10 +301,7 @@ def best_for_budget(
     lists: list[Options], # of each layer
     budget: float, # bits that all layers together may take, at least the sum of the least
 ) -> list: # index of the chosen option of each layer
-    """The choice at the least λ that keeps to the budget, then single steps with what is left.
-
-    Within one step of the optimum.
-    """
+    """The choice at the least λ that keeps to the budget, then with what is left single steps, the best ones first."""
     low = np.log(_dearest(lists)) - 120
     high = np.log(_dearest(lists)) + 1
     for _ in range(80):
@@ -356,11 +358,19 @@ def _lists(curves, first, last, coding):
     floors = dict.fromkeys(curves, 1)
     for name, floor in ((next(iter(curves)), first), (next(reversed(curves)), last)):
         if floor is not None:
-            wanted = LayerPlan(rate=floor) if isinstance(floor, float) else LayerPlan(k=floor)
-            floors[name] = wanted.clusters(curves[name].n)
+            wanted = LayerPlan(k=floor) if isinstance(floor, Integral) else LayerPlan(rate=floor)
+            floors[name] = min(wanted.clusters(curves[name].n), curves[name].distinct)
     return [options(curve, floors[name], coding) for name, curve in curves.items()]
 
 # %% ../nbs/08_allocation.ipynb #size
+def _copied(model):
+    try:
+        return deepcopy(model)
+    except RuntimeError as error:  # as of what torch.nn.utils.spectral_norm leaves after a forward pass
+        raise ValueError(f"model cannot be copied, which tells its size: {first_line(error)} "
+                         "(torch.nn.utils.parametrizations has norms that can)") from error
+
+
 class _Size:
     def __init__(self, model, curves, lists, coding, how, left_out):
         self.model = model
@@ -373,7 +383,7 @@ class _Size:
         report = compression(model, coding=coding)
         self.dense = report.dense_bits
         # bits of what is in no list, the header of a file included
-        self.kept = report.bits - sum(curve.dense_bits for curve in curves.values())
+        self.kept = report.bits - sum(curve.dense_bits(coding) for curve in curves.values())
 
     def plan(self, chosen):
         picked = zip(self.curves.items(), self.lists, chosen)
@@ -384,7 +394,7 @@ class _Size:
 
     def __call__(self, chosen):
         plan = self.plan(chosen)
-        copy = deepcopy(self.model)
+        copy = _copied(self.model)
         layers = {name: copy.get_submodule(name) for name in plan}
         share_layers(layers, self.clusterings(plan), plan)
         return compression(copy, coding=self.coding).bits
@@ -403,7 +413,7 @@ CLOSE = 0.01  # the reached ratio may differ from the target by this share
 def _closest(tried, dense, wanted):
     off, _, chosen = min(tried, key=lambda t: t[0])
     if off > CLOSE:
-        reached = ", ".join(f"{dense / bits:.4g}" for _, bits, _ in tried)
+        reached = ", ".join(dict.fromkeys(f"{dense / bits:.4g}" for _, bits, _ in sorted(tried, key=lambda t: -t[1])))
         raise ValueError(f"ratio={dense / wanted:.4g} cannot be met within 1 %: the plans tried reach {reached}")
     return chosen
 
@@ -499,7 +509,7 @@ def named_plan(
     name: str, # one of NAMED_PLANS: "wrn-45", "wrn-47", "wrn-50"
     model: nn.Module, # a Wide ResNet 16-4
     sparse_at: str = "zero", # "zero", as the paper says, or "mean", as its released code does
-) -> dict: # {layer name: LayerPlan}
+) -> Plan: # {layer name: LayerPlan}
     """The plan of the released code for about that ratio (Wu et al. 2018, table 3).
 
     Raises `ValueError` for an unknown name or a network of another number of convolutions.
@@ -507,7 +517,7 @@ def named_plan(
     if name not in NAMED_PLANS:
         raise ValueError(f"name={name!r} must be one of {', '.join(NAMED_PLANS)}")
     k, sparsity = NAMED_PLANS[name]
-    count = sum(isinstance(m, (*CONVOLUTIONS, *TRANSPOSED)) for m in model.modules())
+    count = sum(isinstance(m, ALL_CONVOLUTIONS) for m in model.modules())
     if count != len(k):
         raise ValueError(f"name={name!r} is a plan for the {len(k)} convolutions of a Wide ResNet 16-4, "
                          f"but {type(model).__name__} has {count}")

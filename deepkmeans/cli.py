@@ -233,7 +233,8 @@ def _card_for(file, images): # the card of a file, when it tells of these images
 
 # %% ../nbs/40_cli.ipynb #beside-record
 def _beside_record(card, top1): # → data, text
-    data = dict(record=card.record, recorded_top1=card.top1, standard_error=shelf.standard_error(card))
+    error = shelf.binomial_error(card.top1, card.images)
+    data = dict(record=card.record, recorded_top1=card.top1, standard_error=error)
     return data, shelf.against_record(card, top1)
 
 # %% ../nbs/40_cli.ipynb #load

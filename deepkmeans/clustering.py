@@ -1038,11 +1038,14 @@ class KMeans(_Parameters):
         self.n_iter_, self.inertia_ = found.n_iter, float(_total(squares * weight))
         return self
 
-    def _fitted(self, X):  # rows, the codebook, and what makes tensors into what X is
+    def _check_fitted(self):
         if not hasattr(self, "cluster_centers_"):
             from sklearn.exceptions import NotFittedError
 
             raise NotFittedError("This KMeans instance is not fitted yet. Call 'fit' first.")
+
+    def _fitted(self, X):  # rows, the codebook, and what makes tensors into what X is
+        self._check_fitted()
         rows = _fitted_rows(self, X, reset=False)
         return rows, _tensor(self.cluster_centers_, "cluster_centers_").to(rows.device)
 
@@ -1102,10 +1105,7 @@ class KMeans(_Parameters):
         input_features: object = None, # ignored
     ) -> np.ndarray: # (k,)
         """The names of the columns of `transform`: kmeans0, kmeans1 and so on."""
-        if not hasattr(self, "cluster_centers_"):
-            from sklearn.exceptions import NotFittedError
-
-            raise NotFittedError("This KMeans instance is not fitted yet. Call 'fit' first.")
+        self._check_fitted()
         return np.array([f"kmeans{i}" for i in range(len(self.cluster_centers_))], dtype=object)
 
     def set_output(

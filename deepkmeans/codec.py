@@ -166,7 +166,7 @@ def _array_dtype(name):
 
 # %% ../nbs/07_codec.ipynb #to-bytes
 def _to_bytes(tensor):
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return tensor.detach().resolve_neg().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 # %% ../nbs/07_codec.ipynb #from-bytes
 def _from_bytes(data, dtype, shape): # uint8 array, a key of DTYPES → tensor
@@ -741,10 +741,12 @@ def load_compressed(
     """Read a network from a compressed file; it computes what the saved one did, bit for bit.
 
     Raises `CompressedFileError` when the file is missing, damaged, larger than `max_bytes` once it is read, or does not
-    fit the network in names, shapes and types; the network is then unchanged.
+    fit the network in names, shapes and types, or the network is on the meta device; it is then unchanged.
     """
     content = _read(path, max_bytes)
     target = _skeleton(content) if model is None else model
+    values = model is None or not any(tensor.is_meta for tensor in model.state_dict().values())
+    _need(values, "the network is on the meta device; call model.to_empty(device=…) first")
     _check_network(content, target)
     codes = {layer.name: content.codes(layer) for layer in content.tables.layers}
     if model is None:

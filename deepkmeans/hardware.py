@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from math import ceil, gcd, inf, prod
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 import torch.nn as nn
@@ -24,7 +24,7 @@ from .models import first_line
 from .reports import Report
 from .retrain import in_eval, seeded
 from .rows import row_length
-from .plan import LAYERS, TRANSPOSED, check_plan, type_name
+from .plan import LAYERS, TRANSPOSED, check_plan, has_dense_weight, type_name
 from .sharing import shared_layers
 
 # %% ../nbs/09_hardware.ipynb #adder-bits
@@ -253,7 +253,7 @@ def _bits(option, value, modules):
     if unknown := sorted(set(given) - set(modules)):
         raise ValueError(f"{option} names {unknown[0]!r}, which is no convolution or linear layer of the network")
     for bits in given.values():
-        if not isinstance(bits, int) or isinstance(bits, bool) or bits < 1:
+        if not isinstance(bits, Integral) or isinstance(bits, bool) or bits < 1:
             raise ValueError(f"{option}={bits!r} must be a whole number, at least 1")
     return dict.fromkeys(modules, MAC_BITS) | given
 
@@ -280,11 +280,10 @@ _NOT_CALLED = "its module is not called; what its weight computes all the same i
 def _skipped(model, calls):
     missing = {}
     for name, m in model.named_modules():
-        weights = [p for key, p in m.named_parameters(recurse=False) if "weight" in key and p.dim() > 1]
         if isinstance(m, LAYERS) and name not in calls:
             missing[name] = _NOT_CALLED
-        elif weights and not isinstance(m, LAYERS):
-            missing[name] = f"{type(m).__name__} is neither convolution nor linear layer"
+        elif has_dense_weight(m) and not isinstance(m, LAYERS):
+            missing[name] = f"{type_name(m)} is neither convolution nor linear layer"
     return missing
 
 # %% ../nbs/09_hardware.ipynb #density
@@ -382,8 +381,9 @@ def energy(
     if not calls:
         raise ValueError(f"input_shape={_brief(input_shape)}: "
                          f"{type(model).__name__} runs no convolution or linear layer on it")
-    layers = {name: _Layer.of(m, calls[name], *(b[name] for b in bits), plan.get(name))
-              for name, m in modules.items() if name in calls}
+    with in_eval(model):  # where a weight may be computed without changing what it is computed from
+        layers = {name: _Layer.of(m, calls[name], *(b[name] for b in bits), plan.get(name))
+                  for name, m in modules.items() if name in calls}
     costs = {name: _layer_costs(layer, *sharing.get(name, (None, "row")), **settings) for name, layer in layers.items()}
     lines = [{"layer": name or type_name(model), **costs[name]} for name in layers]
     return EnergyReport(lines, _skipped(model, calls), all_macs - sum(line["macs"] for line in lines), settings)

@@ -53,7 +53,7 @@ class Outcome:
 
     @property
     def bytes_on_disk(self) -> int:
-        """The size of the file that `save_compressed` writes."""
+        """The size of the file that `save_compressed(model, path)` writes."""
         return round(self.size.bits / 8)
 
     @property

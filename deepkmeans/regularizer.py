@@ -526,7 +526,7 @@ class Regularizer:
         return {}
 
     def settings(self) -> dict:
-        """What tells two regularizers apart, as plain data: all arguments and the plan."""
+        """What tells two regularizers apart, as plain data: the plan and all arguments but the back end."""
         own = {name: getattr(self, name) for name in ("kind", "strength", "refresh_every", "bits", "seed")}
         return own | {"plan": {name: asdict(layer) for name, layer in self.plan.items()}}
 

@@ -185,9 +185,10 @@ AUXILIARY = 0.3  # weight of the loss of an auxiliary head (Szegedy et al. 2015,
 
 def classification_loss(
     output: torch.Tensor | tuple | list | Mapping, # of a classifier, see `heads`
-    labels: torch.Tensor, # (b,) int64
+    labels: torch.Tensor, # (b,) whole numbers, or (b, classes) probabilities
 ) -> torch.Tensor: # a scalar, in nats
     """The mean cross-entropy of the main head, and 0.3 of that of each auxiliary head."""
+    labels = labels if labels.is_floating_point() else labels.long()
     main, *others = (F.cross_entropy(logits.float(), labels) for logits in heads(output))
     return main + AUXILIARY * sum(others)
 
@@ -201,7 +202,11 @@ def distillation_loss(
     taught: torch.Tensor, # (b, classes) logits of the teacher
 ) -> torch.Tensor: # a scalar, in nats
     """T·KL(teacher ‖ student) of outputs softened by T, mean over the images: a gradient like the cross-entropy's."""
-    student = F.log_softmax(heads(output)[0].float() / TEMPERATURE, 1)  # (b, classes)
+    logits = heads(output)[0]
+    if logits.shape != taught.shape:
+        given = f"{tuple(taught.shape)}, must give {tuple(logits.shape)} as the student does"
+        raise ValueError(f"teacher gives outputs of shape {given}")
+    student = F.log_softmax(logits.float() / TEMPERATURE, 1)  # (b, classes)
     teacher = F.log_softmax(taught.float() / TEMPERATURE, 1)  # (b, classes)
     return TEMPERATURE * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
@@ -274,7 +279,7 @@ def _check_settings(path, written, settings):
 
 # %% ../nbs/05_retrain.ipynb #checkpoint-fit
 def _forms(parts):  # {name: what the tensor is like}
-    form = {f"{what} {name}": f"{value.dtype} {tuple(value.shape)}" for what in ("model", "loader")
+    form = {f"{what} {name}": f"{value.dtype} {tuple(value.shape)}" for what in ("model", "buffers", "loader")
             for name, value in parts.get(what, {}).items()}
     return form | {f"regularizer {name}": "a tensor" for name in parts.get("regularizer", {})}
 
@@ -379,7 +384,15 @@ def _train_epoch(step, loader, device, start, total, bar):
     if steps == start:
         raise ValueError(f"loader gives no batches, though its length is {len(loader)}")
     loss, penalty, right = _show(sums, began, steps, step, bar)
+    _check_finite(step, steps)
     return dict(loss=loss, penalty=penalty, top1=100 * right, seconds=perf_counter() - began)
+
+
+def _check_finite(step, steps):
+    broken = [name for name, p in step.model.named_parameters() if not p.isfinite().all()]
+    if broken:
+        lr = step.optimizer.param_groups[0]["initial_lr"]
+        raise FloatingPointError(f"{broken[0]} is NaN or infinite after {steps} steps; lr={lr} is too high")
 
 
 def _show(sums, began, steps, step, bar):  # → mean loss, penalty and share of right guesses so far
@@ -408,7 +421,7 @@ def _length(loader):  # how many batches, 0 without a loader
         raise ValueError(f"loader is a {type(loader).__name__} without a length, {wanted}") from None
 
 # %% ../nbs/05_retrain.ipynb #check
-def _check_training(model, loader, epochs, lr, schedule, regularizer):
+def _check_training(model, loader, epochs, lr, schedule, regularizer, teacher=None):
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule={schedule!r} must be one of {', '.join(SCHEDULES)}")
     _check_number("epochs", epochs, whole=True)
@@ -420,6 +433,8 @@ def _check_training(model, loader, epochs, lr, schedule, regularizer):
     if epochs and not any(p.requires_grad for p in model.parameters()):
         raise ValueError("model has no parameter to train: there is none, or all are frozen (requires_grad=False)")
     own = set(model.modules())
+    if teacher is not None and own & set(teacher.modules()):
+        raise ValueError("teacher shares modules with the model, must be a network of its own, as a deepcopy is")
     for name, module in (regularizer.layers if regularizer else {}).items():
         if module not in own:
             raise ValueError(f"regularizer was made for another network: its layer {name!r} is none of this model's")
@@ -466,7 +481,9 @@ def _settings(checkpoint, loader, regularizer, loss, optimizer, plain):  # what 
 
 # %% ../nbs/05_retrain.ipynb #state
 def _state(step, loader):  # {what: {name: tensor}}
-    return {"model": step.model.state_dict(), "optimizer": _optimizer_tensors(step.optimizer),
+    model = step.model.state_dict()
+    return {"model": model, "buffers": {name: b for name, b in step.model.named_buffers() if name not in model},
+            "optimizer": _optimizer_tensors(step.optimizer),
             "regularizer": step.regularizer.state_dict() if step.regularizer else {},
             "loader": {str(i): generator.get_state() for i, generator in enumerate(_generators(loader))}}
 
@@ -482,6 +499,8 @@ def _resume(checkpoint, settings, step, loader):  # the history up to now
     _check_fit(checkpoint, parts, _state(step, loader))
     _check_optimizer(checkpoint, parts.get("optimizer", {}), step.optimizer)
     step.model.load_state_dict(parts["model"])
+    for name, value in parts.get("buffers", {}).items():
+        step.model.get_buffer(name).copy_(value)
     _load_optimizer(step.optimizer, parts.get("optimizer", {}))
     if step.regularizer:
         step.regularizer.load_state_dict(parts.get("regularizer", {}))
@@ -523,9 +542,10 @@ def train(
     each size takes long, and results change by rounding. `top1` is NaN for labels that are no classes. Raises
     `ValueError` for bad settings, a regularizer of another model, a loader without a length, and a checkpoint of
     another network, other settings, plan or data (which lists hold, and loaders tell that have a `fingerprint`), and
-    as `check_loader` and `pairs` do; `FloatingPointError` when the loss becomes NaN.
+    as `check_loader` and `pairs` do, and a teacher that is a part of the model; `FloatingPointError` when the loss
+    becomes NaN, or a parameter is NaN or infinite when an epoch ends.
     """
-    _check_training(model, loader, epochs, lr, schedule, regularizer)
+    _check_training(model, loader, epochs, lr, schedule, regularizer, teacher)
     plain = dict(epochs=epochs, lr=lr, schedule=schedule, momentum=momentum, weight_decay=weight_decay, amp=amp,
                  compile=compile, seed=seed, teacher=teacher is not None)
     settings = _settings(checkpoint, loader, regularizer, loss, optimizer, plain)

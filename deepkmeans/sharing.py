@@ -10,7 +10,7 @@ __all__ = ['Codes', 'centroids', 'SharedWeight', 'cluster', 'shareable_layers', 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from .clustering import Clustering, kmeans
 from .plan import LayerPlan, check_plan, dense_layers
-from .reports import Report, as_text
+from .reports import LayerReport
 from .rows import from_rows, to_rows
 
 # %% ../nbs/03_sharing.ipynb #moved
@@ -325,22 +325,18 @@ def cluster_layers(
 
 # %% ../nbs/03_sharing.ipynb #sharingreport
 @dataclass(frozen=True)
-class SharingReport(Report):
+class SharingReport(LayerReport):
     """What `share` did to each layer, and the reason for each weight that stayed dense.
 
     A line holds shape, layout, n rows of length d, the k wanted and reached, sparsity p, the distortion ‖W − Ŵ‖²/‖W‖²
     and 1 − k/n, the weight representational cost saved without indexes (paper, eq. 6, footnote 3).
     """
-    skipped: dict = field(default_factory=dict)
+    done = "shared"
 
     @property
     def capped(self) -> list:
         """Names of the layers with fewer clusters than wanted, for want of distinct rows or of rows with such codes."""
         return [line["layer"] for line in self.lines if line["k"] < line["k_wanted"]]
-
-    def __str__(self):
-        skipped = "".join(f"\nnot shared: {name} ({reason})" for name, reason in self.skipped.items())
-        return (as_text(self.layers) if self.lines else "no layer was shared") + skipped
 
 # %% ../nbs/03_sharing.ipynb #describe
 def _describe(name, weight, plan, clustering):

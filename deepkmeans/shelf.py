@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FIGURES', 'ENDINGS', 'LICENCE', 'ELSEWHERE', 'networks', 'find', 'hint', 'Card', 'cards', 'table', 'card_of',
-           'standard_error', 'against_record']
+           'binomial_error', 'against_record']
 
 # %% ../nbs/14_shelf.ipynb #imports
 import json
@@ -123,13 +123,13 @@ def card_of(
     listed = "deepkmeans list shows those that have one" if FIGURES.is_dir() else ELSEWHERE
     raise ValueError(f"path={str(path)!r} has no record; {listed}")
 
-# %% ../nbs/14_shelf.ipynb #standard-error
-def standard_error(
-    card: Card,
+# %% ../nbs/14_shelf.ipynb #binomial-error
+def binomial_error(
+    accuracy: float, # percent
+    images: int, # that were tested
 ) -> float: # percentage points
-    """The binomial standard error of a card's accuracy: that of a share p of n test images."""
-    p = card.top1 / 100
-    return 100 * sqrt(p * (1 - p) / card.images)
+    """The standard error that an accuracy has since so many images tell it."""
+    return sqrt(accuracy * (100 - accuracy) / images)
 
 # %% ../nbs/14_shelf.ipynb #against-record
 def against_record(
@@ -145,7 +145,7 @@ def against_record(
     if not more:
         return f"equal to {recorded}"
     said = f"{abs(more)} image{'s' * (abs(more) > 1)} {'more' if more > 0 else 'fewer'} than {recorded}"
-    error = standard_error(card)
+    error = binomial_error(card.top1, card.images)
     if abs(top1 - card.top1) > error:
         raise ValueError(f"top-1 {top1:.2f} % is {said}: beyond the standard error of {error:.2f} points")
     return f"{said}: within the standard error of {error:.2f} points"

@@ -273,3 +273,37 @@ def test_what_the_allocator_clustered_is_not_clustered_again(monkeypatch):
         assert torch.equal(shared_layers(once)[name].codes, shared.codes), name
     for a, b in zip(again.parameters(), once.parameters()):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("coding", ["entropy", "log2", "fixed", "huffman"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_networks_of_other_types_reach_the_ratio_as_each_coding_counts(coding, dtype):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 32, 3), nn.Linear(16, 10)).to(dtype)
+    dk.share(net, dk.allocate(net, 4, coding=coding))
+    assert dk.compression(net, coding=coding).ratio == pytest.approx(4, rel=0.01)
+
+
+def test_a_floor_is_no_more_than_there_are_different_rows():
+    net = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    with torch.no_grad():
+        net[0].weight.copy_(torch.randn(8, 64)[torch.arange(64) % 8])
+    plan = dk.allocate(net, 5, first=16, layout="filter")
+    assert plan["0"].k == 8
+
+
+def test_a_ratio_that_plans_jump_over_names_each_that_they_reach_once():
+    net = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    for layer in net:
+        nn.init.constant_(layer.weight, 0.5)
+    with pytest.raises(ValueError, match="the plans tried reach") as refused:
+        dk.allocate(net, 2.5)
+    reached = str(refused.value).partition("reach ")[2].split(", ")
+    assert len(reached) == len(set(reached)) and list(map(float, reached)) == sorted(map(float, reached))
+
+
+def test_a_network_that_cannot_be_copied_is_named():
+    net = nn.Sequential(nn.utils.spectral_norm(nn.Linear(8, 8)), nn.Linear(8, 64), nn.Linear(64, 64))
+    net(torch.zeros(1, 8))
+    with pytest.raises(ValueError, match="model cannot be copied, which tells its size.*parametrizations has norms"):
+        dk.allocate(net, 3, exclude="0")

@@ -791,3 +791,18 @@ def test_a_dense_network_from_a_file_computes_the_same(tmp_path):
     dense, x = load_compressed(tmp_path / "net.dkm", dense=True), torch.randn(2, 1, 28, 28)
     assert torch.equal(dense(x), load_compressed(tmp_path / "net.dkm")(x))
     assert dense.state_dict().keys() == build("lenet5").state_dict().keys()
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_network_on_the_meta_device_is_refused_and_one_with_memory_filled(dense, tmp_path):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3))
+    share(net, make_plan(net, k=3))
+    save_compressed(net, tmp_path / "net.dkm")
+    with torch.device("meta"):
+        empty = nn.Sequential(nn.Conv2d(3, 4, 3))
+    with pytest.raises(CompressedFileError, match="on the meta device; call model.to_empty"):
+        load_compressed(tmp_path / "net.dkm", empty, dense=dense)
+    assert not shared_layers(empty)
+    back = load_compressed(tmp_path / "net.dkm", empty.to_empty(device="cpu"), dense=dense)
+    x = torch.randn(1, 3, 5, 5)
+    assert torch.equal(back(x), net(x))

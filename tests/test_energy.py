@@ -4,6 +4,7 @@ import copy
 import re
 import time
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -261,3 +262,12 @@ def test_a_network_of_zeros_has_a_summary():
     net = nn.Conv2d(1, 1, 1, bias=False)
     nn.init.zeros_(net.weight)
     assert "0 MAC units" in str(dk.energy(nn.Sequential(net), (1, 4, 4), stored="codebook"))
+
+
+def test_bits_may_be_numpy_s_and_a_computed_weight_of_another_kind_is_left_out_by_name():
+    net = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Embedding(9, 4)), nn.Linear(4, 4))
+    tokens = torch.zeros(1, 3, dtype=torch.int64)
+    report = dk.energy(net, tokens, weight_bits=np.int64(8))
+    assert report.skipped == {"0": "Embedding is neither convolution nor linear layer"}
+    assert report.skipped.keys() == dk.make_plan(net, k=2, include=(nn.Linear,)).skipped.keys()
+    assert report.lines == dk.energy(net, tokens, weight_bits=8).lines

@@ -3,6 +3,7 @@
 import copy
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -375,3 +376,9 @@ def test_hard_retraining_with_a_share_of_less_than_one_row_is_only_written_down(
     held = net[0].weight.detach().clone()
     dk.share(net, plan, codes=regularizer.codes())
     assert torch.equal(net[0].weight, held)
+
+
+@pytest.mark.parametrize("first", [np.float32(0.5), np.float64(0.5), np.int64(4)])
+def test_the_first_layer_s_number_may_be_numpy_s(first):
+    net = nn.Sequential(nn.Conv2d(1, 2, 4), nn.Conv2d(2, 2, 4))
+    assert dk.make_plan(net, k=3, first=first)["0"].clusters(8) == 4

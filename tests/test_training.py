@@ -430,3 +430,87 @@ def test_labels_that_are_no_classes_are_refused_unless_a_metric_takes_them():
 def test_a_network_without_parameters_is_measured():
     x = torch.eye(4)
     assert dk.evaluate(nn.Identity(), [(x, torch.tensor([0, 1, 2, 0]))]).top1 == 75
+
+
+@pytest.mark.parametrize("teacher", ["the model", "a part of it"])
+def test_a_teacher_that_is_a_part_of_the_model_is_refused(teacher):
+    net = network().train()
+    with pytest.raises(ValueError, match="teacher shares modules with the model"):
+        dk.train(net, batches(), epochs=1, lr=0.01, teacher=net if teacher == "the model" else net[:2], progress=False)
+    assert net.training
+
+
+def test_a_teacher_of_other_classes_is_refused():
+    teacher = nn.Sequential(nn.Flatten(), nn.Linear(64, 1))
+    with pytest.raises(ValueError, match=r"teacher gives outputs of shape \(8, 1\), must give \(8, 10\)"):
+        dk.train(network(), batches(), epochs=1, lr=0.01, teacher=teacher, progress=False)
+
+
+def test_a_parameter_that_the_last_step_made_nan_is_an_error():
+    class Broken(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * math.nan
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = network()
+
+        def forward(self, x):
+            return Broken.apply(self.inner(x))
+
+    with pytest.raises(FloatingPointError, match="inner.*is NaN or infinite after 1 steps; lr=0.01 is too high"):
+        dk.train(Net(), batches()[:1], epochs=1, lr=0.01, progress=False)
+
+
+def test_labels_of_any_whole_type_train_alike():
+    nets = network(), network()
+    for net, dtype in zip(nets, (torch.int64, torch.int32)):
+        dk.train(net, [(x, y.to(dtype)) for x, y in batches()], epochs=1, lr=0.01, progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(nets[0].parameters(), nets[1].parameters()))
+
+
+class Averaging(nn.Module):
+    """Keeps a moving average that decides what it computes, and leaves it out of its state dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(10), persistent=False)
+
+    def forward(self, x):
+        if self.training:
+            self.mean.lerp_(x.detach().mean(0), 0.5)
+        return x - self.mean
+
+
+def test_a_resumed_training_has_the_buffers_that_no_state_dict_holds(tmp_path):
+    whole, parts = (network().append(Averaging()) for _ in range(2))
+    dk.train(whole, batches(), epochs=2, lr=0.01, progress=False)
+
+    class Killed(Exception):
+        pass
+
+    def dies_in_the_second_epoch():
+        for epoch in range(2):
+            if epoch:
+                raise Killed
+            yield
+
+    class Loader(list):
+        epochs = dies_in_the_second_epoch()
+
+        def set_epoch(self, epoch):
+            next(self.epochs)
+
+    file = tmp_path / "train.safetensors"
+    with pytest.raises(Killed):
+        dk.train(parts, Loader(batches()), epochs=2, lr=0.01, checkpoint=file, progress=False)
+    again = network().append(Averaging())
+    dk.train(again, batches(), epochs=2, lr=0.01, checkpoint=file, progress=False)
+    assert torch.equal(again[-1].mean, whole[-1].mean)
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), whole.parameters()))

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from ..retrain import evaluate
 
@@ -22,6 +23,8 @@ def _weighted(model, names):  # {name: module} of all modules; those named have 
     for name in names:
         if not hasattr(modules.get(name), "weight"):
             raise ValueError(f"{name!r} is no layer with a weight")
+        if parametrize.is_parametrized(modules[name]):
+            raise ValueError(f"{name!r} has a weight that is computed, as shared ones are: no filter can be taken out")
     return modules
 
 # %% ../../nbs/20_car.ipynb #kept
@@ -72,13 +75,15 @@ def remove_filters(
     layer: str, # name of a convolution
     consumers: list, # names of all that take its channels: convolutions, normalisation, linear layers after flattening
     filters: list[int], # indexes of the filters to take out
-):
-    """Take filters out of a convolution, and their channels out of what consumes them. Returns the network.
+) -> nn.Module: # the network
+    """Take filters out of a convolution, and their channels out of what consumes them.
 
     Raises `ValueError`, before anything is changed, for a layer without filters, an index out of bounds, a removal of
     all filters, or a consumer that does not fit. Source: CAR, arXiv 1705.07356.
     """
     modules = _weighted(model, (layer, *consumers))
+    if len(set(consumers)) < len(consumers):
+        raise ValueError(f"consumers={list(consumers)} must name each once")
     n = _filters(modules[layer], layer)
     keep = _staying(filters, n).to(modules[layer].weight.device)
     inputs = [_inputs(modules[name], name, n) for name in consumers]

@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
-from ..clustering import Clustering, encode, kmeans
-from ..plan import Plan, make_plan
+from ..clustering import Clustering, encode, kmeans, pinned_rows
+from ..plan import LayerPlan, Plan, make_plan
 from ..rows import from_rows, to_rows
 from ..sharing import SharedWeight, SharingReport, cluster, planned_layers, share_layers, _own_class, _report
 
@@ -80,7 +80,7 @@ class SoftWeight(nn.Module):
     def __init__(
         self,
         weight: torch.Tensor, # of the layer
-        plan: dict, # its LayerPlan
+        plan: LayerPlan, # of the layer
         temperature: float = 0.5, # τ in units of the mean squared distance of a row to its centre after k-means
         iterations: int = 5, # of the fixed point, at most
         tol: float = 1e-4, # end when no centre moves by more
@@ -219,7 +219,7 @@ def grid(
     """Centres evenly over the range of the weights, after a zero where some are pruned (Han et al. 2016, 3.2)."""
     if not sparsity:
         return torch.linspace(float(rows.min()), float(rows.max()), k, device=rows.device)[:, None]
-    large = rows[rows.abs().flatten().argsort(stable=True)[round(sparsity * len(rows)):]]
+    large = rows[rows.abs().flatten().argsort(stable=True)[pinned_rows(len(rows), sparsity):]]
     if k == 1 or not len(large):
         return rows.new_zeros(k, 1)
     return torch.cat([rows.new_zeros(1, 1), grid(large, k - 1)])

@@ -67,11 +67,15 @@ def apportion(
     return given
 
 # %% ../../nbs/23_hashing.ipynb #weight
+def _wide(tensor):  # the type to sum its numbers in
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
 class HashedWeight(nn.Module):
     """The parametrization weight_i = ξ(i)·buckets[h(i)] (Chen et al. 2015).
 
-    What is not stored is computed again from the seed. Raises `ValueError` for a number of buckets that is not from 1
-    to the number of weights.
+    Both hashes are computed from the seed, which is stored with the buckets. Raises `ValueError` for a number of
+    buckets that is not from 1 to the number of weights, and for a seed below 0.
     """
 
     def __init__(
@@ -83,22 +87,34 @@ class HashedWeight(nn.Module):
         super().__init__()
         if not 1 <= buckets <= prod(shape):
             raise ValueError(f"buckets={buckets} must be from 1 to the number of weights, {prod(shape)}")
+        if seed < 0:
+            raise ValueError(f"seed={seed} must be at least 0")
         self.shape = tuple(shape)
         self.buckets = int(buckets)
-        drawn, sign = _index_and_sign(prod(shape), seed)
-        index = torch.from_numpy(self._deal(drawn).astype(np.int32))
+        self.register_buffer("seed", torch.tensor(seed))
+        index, sign = self._hashes(seed)
         self.register_buffer("index", index, persistent=False)  # (n,)
-        self.register_buffer("sign", torch.from_numpy(sign).float(), persistent=False)  # (n,)
+        self.register_buffer("sign", sign, persistent=False)  # (n,)
+
+    def _hashes(self, seed):  # (n,) int32 buckets, (n,) float32 signs
+        drawn, sign = _index_and_sign(prod(self.shape), seed)
+        return torch.from_numpy(self._deal(drawn).astype(np.int32)), torch.from_numpy(sign).float()
+
+    def _load_from_state_dict(self, *given):
+        super()._load_from_state_dict(*given)
+        for own, of_seed in zip((self.index, self.sign), self._hashes(int(self.seed))):
+            own.copy_(of_seed)
 
     def _deal(self, drawn):
         return drawn % np.uint64(self.buckets)
 
     def forward(self, buckets: torch.Tensor):  # (K,) -> weight
-        return (buckets.index_select(0, self.index) * self.sign).view(self.shape)
+        return (buckets.index_select(0, self.index) * self.sign.to(buckets.dtype)).view(self.shape)
 
     def right_inverse(self, weight: torch.Tensor):  # weight -> (K,)
-        total = weight.new_zeros(self.buckets).index_add(0, self.index, weight.flatten() * self.sign)
-        return total / torch.bincount(self.index, minlength=self.buckets).clamp(min=1)
+        signed = weight.flatten().to(_wide(weight)) * self.sign
+        total = signed.new_zeros(self.buckets).index_add(0, self.index, signed)
+        return (total / torch.bincount(self.index, minlength=self.buckets).clamp(min=1)).to(weight.dtype)
 
 # %% ../../nbs/23_hashing.ipynb #cosine
 def cosine(
@@ -150,11 +166,14 @@ class FrequencyWeight(HashedWeight):
         return start[self._bands] + within.astype(int)
 
     def forward(self, buckets: torch.Tensor):  # (K,) -> weight
-        with torch.autocast(buckets.device.type, enabled=False):  # in float32; the convolution rounds once
-            return self.down.T @ super().forward(buckets) @ self.across
+        wide = _wide(buckets)
+        with torch.autocast(buckets.device.type, enabled=False):  # the convolution rounds once
+            weight = self.down.T.to(wide) @ super().forward(buckets.to(wide)) @ self.across.to(wide)
+        return weight.to(buckets.dtype)
 
     def right_inverse(self, weight: torch.Tensor):  # weight -> (K,)
-        return super().right_inverse(self.down @ weight @ self.across.T)
+        wide = _wide(weight)
+        return super().right_inverse(self.down.to(wide) @ weight.to(wide) @ self.across.T.to(wide)).to(weight.dtype)
 
 # %% ../../nbs/23_hashing.ipynb #budgets
 def _budgets(layers, ratio):  # (layers,) buckets of each; biases stay

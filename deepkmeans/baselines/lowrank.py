@@ -18,21 +18,17 @@ from torch.nn.utils import parametrize
 
 from ..accounting import FLOAT_BITS, compression
 from ..plan import CONVOLUTIONS, dense_layers, excluded_layers, layers_of
-from ..reports import Report, as_text
+from ..reports import LayerReport
 from ..sharing import shareable_layers
 
 # %% ../../nbs/24_lowrank.ipynb #factor-report
 @dataclass(frozen=True)
-class FactorReport(Report):
+class FactorReport(LayerReport):
     """What a factorisation did to each layer that was factored, and the reason for each that was not.
 
     A line holds shape, ranks, numbers of weights before and after, and the relative error ‖W − Ŵ‖²/‖W‖².
     """
-    skipped: dict
-
-    def __str__(self):
-        skipped = "".join(f"\nnot factored: {name} ({reason})" for name, reason in self.skipped.items())
-        return (as_text(self.layers) if self.lines else "no layer was factored") + skipped
+    done = "factored"
 
 # %% ../../nbs/24_lowrank.ipynb #relative-error
 def _relative_error(before, after):  # ‖W − Ŵ‖²/‖W‖²
@@ -54,11 +50,16 @@ def _check_layer_names(ranks, layers):
         raise ValueError(f"ranks names {sorted(unknown)}; the layers are {', '.join(layers)}")
 
 # %% ../../nbs/24_lowrank.ipynb #random-dictionary
+def _orthonormal(n, atoms, seed):  # (atoms, n), a basis of a random subspace
+    gaussian = torch.randn(n, atoms, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return torch.linalg.qr(gaussian).Q.T.float().contiguous()
+
+
 class RandomDictionary(nn.Module):
     """The parametrization weight = coefficients (m, r) · dictionary (r, n) (Denil et al. 2013).
 
-    The coefficients are learned. The dictionary is fixed, an orthonormal basis of a random subspace, made from the seed
-    and not saved. Raises `ValueError` for a number of atoms r that is not from 1 to n.
+    The coefficients are learned. The dictionary is fixed, an orthonormal basis of a random subspace, made from the
+    seed, which alone is saved. Raises `ValueError` for a number of atoms r that is not from 1 to n.
     """
 
     def __init__(
@@ -71,10 +72,13 @@ class RandomDictionary(nn.Module):
         n = prod(shape[1:])
         if not 1 <= atoms <= n:
             raise ValueError(f"atoms={atoms} must be between 1 and the number of weights of a filter, {n}")
-        gaussian = torch.randn(n, atoms, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-        dictionary = torch.linalg.qr(gaussian).Q.T.float().contiguous()  # (r, n)
-        self.register_buffer("dictionary", dictionary, persistent=False)
         self.shape = tuple(shape)
+        self.register_buffer("seed", torch.tensor(seed))
+        self.register_buffer("dictionary", _orthonormal(n, atoms, seed), persistent=False)
+
+    def _load_from_state_dict(self, *given):
+        super()._load_from_state_dict(*given)
+        self.dictionary.copy_(_orthonormal(*self.dictionary.T.shape, int(self.seed)))
 
     def forward(self, coefficients: torch.Tensor):  # (m, r) -> weight
         return (coefficients @ self.dictionary).view(self.shape)
@@ -187,25 +191,42 @@ def _convolution(weight, bias=None, **geometry):  # a Conv2d with this weight; t
     return layer
 
 # %% ../../nbs/24_lowrank.ipynb #put
-def _put(model, name, factors):  # in the place of the layer of this name
-    parent, _, child = name.rpartition(".")
-    factors.train(model.get_submodule(name).training)
-    setattr(model.get_submodule(parent), child, factors)
+def _put(model, conv, factors):  # wherever the network has this layer
+    factors.train(conv.training)
+    for name in [name for name, module in model.named_modules(remove_duplicate=False) if module is conv]:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, factors)
 
 # %% ../../nbs/24_lowrank.ipynb #factorise
+def _irreplaceable(conv):  # why no factors can do what this layer does, or nothing
+    if type(conv).forward is not nn.Conv2d.forward:
+        return f"{type(conv).__name__} computes in its own way"
+    if conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks or conv._backward_pre_hooks:
+        return "hooks look at it"
+    return "grouped" if conv.groups > 1 else ""
+
+
+def _frozen_as(conv, factors):
+    for part in factors:
+        part.weight.requires_grad_(conv.weight.requires_grad)
+        if part.bias is not None:
+            part.bias.requires_grad_(conv.bias.requires_grad)
+
+
 def _factorise(model, exclude, given, factor):  # factor(name, conv) → (factors, ranks, error), or the reason why not
     layers, report = _to_factor(model, nn.Conv2d, exclude)
     if "" in layers:
         raise ValueError("model is a convolution itself and cannot be replaced in place; put it into an nn.Sequential")
     _check_layer_names(given, layers)
-    made = {name: "grouped" if conv.groups > 1 else factor(name, conv) for name, conv in layers.items()}
+    made = {name: _irreplaceable(conv) or factor(name, conv) for name, conv in layers.items()}
     reasons = {name: result for name, result in made.items() if isinstance(result, str)}
     report.skipped.update(reasons)
     for name in [name for name in layers if name not in reasons]:
         factors, ranks, error = made[name]
         weight = layers[name].weight
+        _frozen_as(layers[name], factors)
         report.lines.append(_factor_line(name, weight, ranks, sum(f.weight.numel() for f in factors), error))
-        _put(model, name, factors.to(weight.device, weight.dtype))
+        _put(model, layers[name], factors.to(weight.device, weight.dtype))
     return report
 
 # %% ../../nbs/24_lowrank.ipynb #tucker-layers
@@ -226,10 +247,11 @@ def _tucker_factors(conv, r_in, r_out):  # None: that side stays → (nn.Sequent
 
     weight = conv.weight.detach().cpu().double().numpy()
     ranks = {mode: rank for mode, rank in ((0, r_out), (1, r_in)) if rank}
-    with tensorly.backend_context("numpy", local_threadsafe=True):
+    with tensorly.backend_context("numpy", local_threadsafe=True), np.errstate(invalid="ignore"):  # of zeros it is 0/0
         (core, factors), _ = partial_tucker(weight, rank=list(ranks.values()), modes=list(ranks))
     sides = {mode: torch.from_numpy(np.ascontiguousarray(U)) for mode, U in zip(ranks, factors)}  # (T, R₄) and (S, R₃)
-    error = max(0.0, 1 - float((core ** 2).sum() / max((weight ** 2).sum(), 1e-300)))
+    energy = (weight ** 2).sum()
+    error = max(0.0, 1 - float((core ** 2).sum() / energy)) if energy else 0.0
     return _tucker_layers(conv, torch.from_numpy(np.ascontiguousarray(core)), sides), error
 
 # %% ../../nbs/24_lowrank.ipynb #bayesian-ranks

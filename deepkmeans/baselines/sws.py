@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from ..accounting import FLOAT_BITS, index_bits
+from ..accounting import FLOAT_BITS, NORM_TYPES, index_bits
 from ..plan import LAYERS
 from ..retrain import _begin_epoch, classification_loss
+from ..sharing import shareable_layers
 
 # %% ../../nbs/21_sws.ipynb #mixture
 PIECE = 4096  # weights whose scores stay in the cache of a CPU
@@ -83,8 +84,9 @@ RATES = {"means": 1e-4, "log_precision": 3e-3, "log_mixing": 3e-3}
 def prior_weights(
     model: nn.Module, # the network
 ) -> list: # the weights of its convolutions and linear layers
-    """What the prior is on."""
-    return [m.weight for m in model.modules() if isinstance(m, LAYERS)]
+    """What the prior is on. Raises `ValueError`, as `share` does, for a weight that is tied or computed."""
+    names = [name for name, m in model.named_modules() if isinstance(m, LAYERS)]
+    return [m.weight for m in shareable_layers(model, names).values()]
 
 # %% ../../nbs/21_sws.ipynb #adam
 def _adam(model, mixture, lr, speed):  # a learning rate for the weights, and one for each part of the mixture
@@ -195,9 +197,10 @@ def sparse_bits(
     return sum(index_bits(torch.unique(stream, return_counts=True)[1], "huffman") for stream in (distances, values))
 
 # %% ../../nbs/21_sws.ipynb #unshared
-def _unshared(model):  # numbers of the layers under the prior that are no weights: biases
-    layers = [m for m in model.modules() if isinstance(m, LAYERS)]
-    return sum(p.numel() for m in layers for name, p in m.named_parameters(recurse=False) if name != "weight")
+def _unshared(model):  # numbers that the prior is not on, but for normalisation
+    norms = [p for m in model.modules() if isinstance(m, NORM_TYPES) for p in m.parameters(recurse=False)]
+    left_out = {id(p) for p in [*prior_weights(model), *norms]}
+    return sum(p.numel() for p in model.parameters() if id(p) not in left_out)
 
 # %% ../../nbs/21_sws.ipynb #soft-bits
 def soft_bits(

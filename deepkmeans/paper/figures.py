@@ -342,7 +342,6 @@ def _change_legend(fig, ax, points, said):  # ours first, the paper's, and what 
 # %% ../../nbs/33_figures.ipynb #change-figure
 def change_figure(
     frame: "pandas.DataFrame", # as `tables.compare` gives it
-    x: str = "", # column with the ratio of ours; empty: that on disk
     *,
     floor: float, # the lower edge is nowhere below it, points
     label: str = "compression ratio of the network on disk (paper: as it reports it)", # of the horizontal axis
@@ -350,7 +349,7 @@ def change_figure(
     """Change of accuracy over the ratio: ours with its standard error, the paper's, the dense network."""
     plt = use_style()
     dense = frame.method.str.startswith("dense")
-    points = frame.assign(x=frame[x] if x else disk_ratio(frame))[~dense]
+    points = frame.assign(x=disk_ratio(frame))[~dense]
     floor = max(floor, 1.2 * min(points.change.min(), points.paper.min(), 0) - 0.5)
     said = _reported(points)
     ratios = [*said.nominal, *points.x.dropna()] or [*points.nominal]

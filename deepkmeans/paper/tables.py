@@ -16,6 +16,7 @@ from typing import NamedTuple
 from ..files import write_file
 from .store import figure_path, keep_records, lookup, paper_numbers, repository
 from .suite import run
+from ..shelf import binomial_error
 
 # %% ../../nbs/32_tables.ipynb #line
 class Line(NamedTuple):
@@ -97,7 +98,7 @@ def _standard_error(accuracies, records):  # in points; NaN where nothing tells 
         return nan
     mean = fmean(accuracies)
     images = next((record["dataset"]["test"] for record in records if "dataset" in record), None)
-    of_images = [(mean * (100 - mean) / images) ** 0.5] if images else []  # binomial
+    of_images = [binomial_error(mean, images)] if images else []
     of_runs = [stdev(accuracies) / len(accuracies) ** 0.5] if len(accuracies) > 1 else []
     return max(of_images + of_runs, default=nan)
 
