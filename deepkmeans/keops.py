@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from .clustering import _short_hash
+from .clustering import short_hash
 
 # %% ../nbs/54_keops.ipynb #nearest
 def nearest(
@@ -74,7 +74,7 @@ def _trial(d, top, device):  # in a process of its own: does KeOps find what flo
 # %% ../nbs/54_keops.ipynb #tried
 def _tried(folder, d, top, device):  # what went wrong when it was tried, now or by another process
     card = torch.cuda.get_device_name(device) if "cuda" in device else device
-    told = folder / f"trial-{_short_hash([d, top, card]):x}"
+    told = folder / f"trial-{short_hash([d, top, card]):x}"
     if not told.exists():
         program = f"from deepkmeans.keops import _trial; _trial({d}, {top}, {device!r})"
         told.write_text(_outcome([sys.executable, "-c", program], _PATIENCE))
@@ -84,7 +84,7 @@ def _tried(folder, d, top, device):  # what went wrong when it was tried, now or
 def _compiled_here():  # for what KeOps compiles with these versions and this compiler, in this user's hands
     versions = [version(package) for package in ("pykeops", "torch")]
     compiler = [os.environ.get(name) for name in ("CXX", "CXXFLAGS")]
-    name = f"deepkmeans-keops-{os.getuid()}-{_short_hash([sys.version, versions, compiler]):x}"
+    name = f"deepkmeans-keops-{os.getuid()}-{short_hash([sys.version, versions, compiler]):x}"
     folder = _own_folder(Path(tempfile.gettempdir()) / name)
     os.environ.setdefault("KEOPS_CACHE_FOLDER", str(folder))
     return folder

@@ -18,7 +18,7 @@ import torch.nn as nn
 from .accounting import CompressionReport, compression
 from .allocation import allocate, check_ratio
 from .regularizer import Regularizer
-from .retrain import Accuracy, _check_sgd, _check_training
+from .retrain import Accuracy, check_sgd, check_training
 from .retrain import classification_loss, evaluate, modes_kept, train
 from .plan import LAYERS, Plan
 from .sharing import SharingReport, share, shared_layers, unshare
@@ -79,8 +79,8 @@ def _check_call(model, ratio, loader, epochs, lr, schedule, **sgd):
         raise ValueError(f"epochs={epochs!r} must be a whole number")
     if epochs > 0 and loader is None:
         raise ValueError(f"epochs={epochs} needs a loader of (images, labels) to train on")
-    _check_training(model, loader, epochs, lr, schedule, None)
-    _check_sgd(**sgd)
+    check_training(model, loader, epochs, lr, schedule, None)
+    check_sgd(**sgd)
 
 # %% ../nbs/13_compress.ipynb #all-or-nothing
 @contextmanager

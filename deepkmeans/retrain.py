@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'AUXILIARY', 'TEMPERATURE', 'TAUGHT', 'SHOWN_EVERY', 'heads', 'check_loader', 'pairs', 'seeded',
-           'Accuracy', 'modes_kept', 'in_eval', 'evaluate', 'classification_loss', 'distillation_loss', 'train']
+           'Accuracy', 'modes_kept', 'in_eval', 'evaluate', 'classification_loss', 'distillation_loss', 'check_sgd',
+           'check_training', 'begin_epoch', 'train']
 
 # %% ../nbs/05_retrain.ipynb #imports
 import hashlib
@@ -217,14 +218,18 @@ def _check_number(name, value, whole=False):
         raise ValueError(f"{name}={number!r} must be at least 0{', a whole number' if whole else ' and finite'}")
 
 # %% ../nbs/05_retrain.ipynb #check-sgd
-def _check_sgd(momentum, weight_decay):
+def check_sgd(
+    momentum: float, # at least 0
+    weight_decay: float, # at least 0
+):
+    """Raise `ValueError` for what stochastic gradient descent cannot take."""
     _check_number("momentum", momentum)
     _check_number("weight_decay", weight_decay)
 
 # %% ../nbs/05_retrain.ipynb #optimizer
 def _optimizer(make, model, lr, momentum, weight_decay):
     if make is None:
-        _check_sgd(momentum, weight_decay)
+        check_sgd(momentum, weight_decay)
         make = partial(torch.optim.SGD, momentum=momentum, weight_decay=weight_decay)
     if not callable(make):
         given = f"a {type(make).__name__}"
@@ -421,7 +426,16 @@ def _length(loader):  # how many batches, 0 without a loader
         raise ValueError(f"loader is a {type(loader).__name__} without a length, {wanted}") from None
 
 # %% ../nbs/05_retrain.ipynb #check
-def _check_training(model, loader, epochs, lr, schedule, regularizer, teacher=None):
+def check_training(
+    model: nn.Module, # the arguments of `train`, each as there
+    loader: Iterable,
+    epochs: int,
+    lr: float,
+    schedule: str,
+    regularizer: Regularizer | None,
+    teacher: nn.Module | None = None,
+):
+    """Raise `ValueError` for arguments that `train` refuses, before anything is changed."""
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule={schedule!r} must be one of {', '.join(SCHEDULES)}")
     _check_number("epochs", epochs, whole=True)
@@ -447,7 +461,11 @@ def _about(loader):  # what a loader says of its data; of a list, all of it
     return dict(batches=_length(loader), batch_size=size, data=data)
 
 
-def _begin_epoch(loader, epoch):  # order and augmentation of this library's loaders, and of samplers, depend on it
+def begin_epoch(
+    loader: Iterable, # any
+    epoch: int, # from 0
+):
+    """Tell a loader and its sampler, where they have `set_epoch`: order and augmentation may depend on it."""
     for holder in (loader, getattr(loader, "sampler", None)):
         if hasattr(holder, "set_epoch"):
             holder.set_epoch(epoch)
@@ -545,7 +563,7 @@ def train(
     as `check_loader` and `pairs` do, and a teacher that is a part of the model; `FloatingPointError` when the loss
     becomes NaN, or a parameter is NaN or infinite when an epoch ends.
     """
-    _check_training(model, loader, epochs, lr, schedule, regularizer, teacher)
+    check_training(model, loader, epochs, lr, schedule, regularizer, teacher)
     plain = dict(epochs=epochs, lr=lr, schedule=schedule, momentum=momentum, weight_decay=weight_decay, amp=amp,
                  compile=compile, seed=seed, teacher=teacher is not None)
     settings = _settings(checkpoint, loader, regularizer, loss, optimizer, plain)
@@ -562,7 +580,7 @@ def train(
     with bar, teaching, torch.random.fork_rng():
         for epoch in range(len(history), epochs):
             torch.manual_seed(seed + 1_000_003 * epoch)  # dropout; the global state is put back at the end
-            _begin_epoch(loader, epoch)
+            begin_epoch(loader, epoch)
             if regularizer and epoch and epoch % regularizer.refresh_every == 0:
                 regularizer.refresh()
             rate = optimizer.param_groups[0]["initial_lr"] * SCHEDULES[schedule](epoch / epochs)

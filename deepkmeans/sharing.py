@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Codes', 'centroids', 'SharedWeight', 'cluster', 'shareable_layers', 'planned_layers', 'side_by_side',
-           'cluster_layers', 'SharingReport', 'share_layer', 'share_layers', 'shared_layers', 'share', 'unshare']
+           'cluster_layers', 'SharingReport', 'sharing_report', 'share_layer', 'share_layers', 'shared_layers', 'share',
+           'own_class', 'unshare']
 
 # %% ../nbs/03_sharing.ipynb #imports
 from collections import defaultdict
@@ -347,7 +348,13 @@ def _describe(name, weight, plan, clustering):
                 weight_saving=1 - len(clustering.codebook) / len(rows))
 
 # %% ../nbs/03_sharing.ipynb #make-report
-def _report(model, layers, plan, found):
+def sharing_report(
+    model: nn.Module, # the network, before its layers are shared
+    layers: dict, # {layer name: module} that will be
+    plan: dict, # {layer name: LayerPlan}
+    found: dict, # {layer name: Clustering}
+) -> SharingReport:
+    """What sharing these layers does to them, and why each other weight stays dense."""
     lines = [_describe(name, module.weight, plan[name], found[name]) for name, module in layers.items()]
     left_out = dict.fromkeys(dict(model.named_modules()), "not in the plan") | getattr(plan, "skipped", {})
     return SharingReport(lines, dense_layers(model, plan, left_out))
@@ -451,12 +458,18 @@ def share(
     given = _given(layers, plan, codes or {})
     others = {name: module for name, module in layers.items() if name not in given}
     found = given | cluster_layers(others, plan, seed=seed, backend=backend, progress=progress)
-    report = _report(model, layers, plan, found)
+    report = sharing_report(model, layers, plan, found)
     share_layers(layers, found, plan)
     return report
 
 # %% ../nbs/03_sharing.ipynb #own-class
-def _own_class(module):  # a deep copy has the class of its original, from which torch would take the property `weight`
+def own_class(
+    module: nn.Module, # with a parametrization
+):
+    """Give a module a class of its own, of the same name and contents.
+
+    A deep copy has the class of its original, from which torch would take the property `weight` when it removes it.
+    """
     cls = type(module)
     module.__class__ = type(cls.__name__, cls.__bases__, dict(cls.__dict__))
 
@@ -473,7 +486,7 @@ def unshare(
     """Bake codebook[codes] into ordinary dense weights; the network computes what it did before."""
     modules = dict(model.named_modules())
     for name, shared in shared_layers(model).items():
-        _own_class(modules[name])
+        own_class(modules[name])
         parametrize.remove_parametrizations(modules[name], "weight", leave_parametrized=True)
         _reorder(modules[name]._parameters, shared.order)
     return model

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from ..clustering import Clustering, encode, kmeans, pinned_rows
 from ..plan import LayerPlan, Plan, make_plan
 from ..rows import from_rows, to_rows
-from ..sharing import SharedWeight, SharingReport, cluster, planned_layers, share_layers, _own_class, _report
+from ..sharing import SharedWeight, SharingReport, cluster, planned_layers, share_layers, own_class, sharing_report
 
 # %% ../../nbs/25_dkm.ipynb #attention
 MAX_ATTENTION = 2 ** 26  # entries of the attention that are held at once, 256 MiB in float32
@@ -169,7 +169,7 @@ def _hard_clustering(rows, soft):  # the clustering of the rows by the centres t
 # %% ../../nbs/25_dkm.ipynb #bare
 def _bare(module):  # its weight is the dense one again → the SoftWeight that it had
     soft = module.parametrizations.weight[0]
-    _own_class(module)
+    own_class(module)
     parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
     return soft
 
@@ -178,7 +178,7 @@ def _share_nearest(model, layers, soft):  # soft: {layer name: SoftWeight} → S
     plan = {name: own.plan for name, own in soft.items()}
     rows = {name: to_rows(module.weight.detach(), plan[name].layout) for name, module in layers.items()}
     found = {name: _hard_clustering(rows[name], soft[name]) for name in layers}
-    report = _report(model, layers, plan, found)
+    report = sharing_report(model, layers, plan, found)
     share_layers(layers, found, plan)
     return report
 
@@ -256,6 +256,6 @@ def deep_compression(
     _check_single_weights(plan)
     layers = planned_layers(model, plan)
     found = {name: _from_grid(module.weight, plan[name]) for name, module in layers.items()}
-    report = _report(model, layers, plan, found)
+    report = sharing_report(model, layers, plan, found)
     share_layers(layers, found, plan, SummedWeight if summed else SharedWeight)
     return report

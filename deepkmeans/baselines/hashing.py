@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from .lowrank import FactorReport, _factor_line, _relative_error, _to_factor
+from .factors import FactorReport, factor_line, relative_error, layers_to_factor
 from ..plan import CONVOLUTIONS
 
 # %% ../../nbs/23_hashing.ipynb #hashes
@@ -192,7 +192,7 @@ def _draw_buckets(buckets, weight, generator):  # uniform, with the mean square 
 
 # %% ../../nbs/23_hashing.ipynb #hash-layers
 def _hash_layers(model, ratio, scratch, include, exclude, seed, make):  # make(layer, shape, buckets, seed) → its weight
-    layers, report = _to_factor(model, include, exclude)
+    layers, report = layers_to_factor(model, include, exclude)
     budgets = _budgets(layers.values(), ratio)
     hashed = [make(layer, layer.weight.shape, budgets[i], seed + i) for i, layer in enumerate(layers.values())]
     generator = torch.Generator().manual_seed(seed)
@@ -201,8 +201,8 @@ def _hash_layers(model, ratio, scratch, include, exclude, seed, make):  # make(l
         parametrize.register_parametrization(layer, "weight", weight.to(before.device))
         if scratch:
             _draw_buckets(layer.parametrizations.weight.original, before, generator)
-        error = _relative_error(before, layer.weight)
-        report.lines.append(_factor_line(name, before, (), weight.buckets, error))
+        error = relative_error(before, layer.weight)
+        report.lines.append(factor_line(name, before, (), weight.buckets, error))
     return report
 
 # %% ../../nbs/23_hashing.ipynb #hashed-net

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ..accounting import FLOAT_BITS, NORM_TYPES, index_bits
 from ..plan import LAYERS
-from ..retrain import _begin_epoch, classification_loss
+from ..retrain import begin_epoch, classification_loss
 from ..sharing import shareable_layers
 
 # %% ../../nbs/21_sws.ipynb #mixture
@@ -116,7 +116,7 @@ def train_soft(
     with tqdm(total=epochs * len(loader), disable=not progress) as bar, torch.random.fork_rng():
         torch.manual_seed(seed)  # dropout; the global state is put back at the end
         for epoch in range(epochs):
-            _begin_epoch(loader, epoch)
+            begin_epoch(loader, epoch)
             sums = torch.zeros(2)
             for x, y in loader:
                 with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from .lowrank import FactorReport, _check_layer_names, _factor_line, _relative_error, _to_factor
+from .factors import FactorReport, check_layer_names, factor_line, relative_error, layers_to_factor
 from ..plan import CONVOLUTIONS
 
 # %% ../../nbs/22_tensor_train.ipynb #primes
@@ -119,7 +119,7 @@ def _draw_cores(parametrization, v, like, generator):  # cores whose product has
 def _ranks_by_layer(ranks, layers):  # {name: ranks}
     if not isinstance(ranks, dict):
         return dict.fromkeys(layers, ranks)
-    _check_layer_names(ranks, layers)
+    check_layer_names(ranks, layers)
     return ranks
 
 # %% ../../nbs/22_tensor_train.ipynb #train
@@ -137,7 +137,7 @@ def _replace(layer, train, generator):  # → relative error of the new kernel
         drawn = _draw_cores(train, float(before.square().mean()), before, generator)
         for core, value in zip(layer.parametrizations.weight.parameters(), drawn):
             core.copy_(value)
-    return _relative_error(before, layer.weight)
+    return relative_error(before, layer.weight)
 
 # %% ../../nbs/22_tensor_train.ipynb #tensorize
 def tensorize(
@@ -155,7 +155,7 @@ def tensorize(
     With one tuple of ranks for all layers, those whose cores would not be smaller stay. Raises `ValueError` for ranks
     under 1, of a wrong number, or of an unknown layer; the network is then unchanged.
     """
-    layers, report = _to_factor(model, include, exclude)
+    layers, report = layers_to_factor(model, include, exclude)
     each = _ranks_by_layer(ranks, layers)
     given = isinstance(ranks, dict)
     trains = {name: _train(name, layers[name].weight.shape, each[name], naive) for name in layers if name in each}
@@ -170,5 +170,5 @@ def tensorize(
             report.skipped[name] = f"no smaller: {numbers:,} numbers in cores for {weight.numel():,}"
             continue
         error = _replace(layer, trains[name], generator if scratch else None)
-        report.lines.append(_factor_line(name, weight, each[name], numbers, error))
+        report.lines.append(factor_line(name, weight, each[name], numbers, error))
     return report
