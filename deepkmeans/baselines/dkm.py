@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from ..clustering import Clustering, encode, kmeans, pinned_rows
 from ..plan import LayerPlan, Plan, make_plan
 from ..rows import from_rows, to_rows
-from ..sharing import SharedWeight, SharingReport, cluster, planned_layers, share_layers, own_class, sharing_report
+from ..sharing import SharedWeight, SharingReport, cluster, own_class, planned_layers, share_layers
+from ..sharing import sharing_report
 
 # %% ../../nbs/25_dkm.ipynb #attention
 MAX_ATTENTION = 2 ** 26  # entries of the attention that are held at once, 256 MiB in float32
