@@ -23,7 +23,7 @@ from .accounting import FLOAT_BITS, check_coding, compression, index_bits
 from .clustering import decode, encode, kmeans, pinned_rows
 from .models import first_line
 from .retrain import check_loader, heads, in_eval, pairs, seeded
-from .rows import to_rows
+from .rows import at_least_float32, to_rows
 from .plan import ALL_CONVOLUTIONS, LAYERS, LayerPlan, Plan
 from .plan import dense_layers, excluded_layers, layers_of, make_plan
 from .sharing import cluster_layers, share_layers, shareable_layers, side_by_side
@@ -139,7 +139,7 @@ def _measured(rows, scale, k, seed, backend):  # loss and index bits of rows wit
         rows = rows[chosen]
         scale = scale[chosen]
     part = len(rows) / n
-    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    rows = at_least_float32(rows)
     found = kmeans(rows[:SAMPLE], min(k, len(rows)), seed=seed, backend=backend, max_iter=10)
     codes = torch.cat([found.codes, encode(rows[SAMPLE:], found.codebook)[0]]) if len(rows) > SAMPLE else found.codes
     loss = float((scale * (rows.double() - decode(codes, found.codebook)).square()).sum())

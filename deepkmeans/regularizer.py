@@ -19,7 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from .clustering import encode, pinned_rows
-from .rows import from_rows, to_rows
+from .rows import at_least_float32, from_rows, to_rows
 from .plan import LayerPlan
 from .sharing import centroids, cluster_layers, planned_layers
 
@@ -72,8 +72,7 @@ class _Penalty:
             self.F[name] = self.projection(rows, clustering, self.plan[name].pinned)
 
     def rows(self, name):  # (n, d), at least float32
-        rows = to_rows(self.layers[name].weight, self.plan[name].layout)
-        return rows.to(torch.promote_types(rows.dtype, torch.float32))
+        return at_least_float32(to_rows(self.layers[name].weight, self.plan[name].layout))
 
     def residuals(self):  # rows (n, d) and, without gradient, what F leaves of them
         for name in self.layers:
@@ -152,8 +151,7 @@ class _State(NamedTuple):
 
 # %% ../nbs/04_regularizer.ipynb #first-state
 def _first_state(weight, plan, clustering):
-    rows = to_rows(weight.detach(), plan.layout)
-    latent = rows.to(torch.promote_types(rows.dtype, torch.float32), copy=True)
+    latent = at_least_float32(to_rows(weight.detach(), plan.layout)).clone()
     nothing = torch.zeros_like(latent)
     return _State(latent, nothing, nothing, nothing, nothing.sum(), clustering.codebook.to(latent), clustering.codes)
 

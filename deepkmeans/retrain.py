@@ -354,7 +354,10 @@ class _Step(NamedTuple):
 
     def set_rate(self, done):
         for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * self.curve(done)
+            group["lr"] = self.rate(group, done)
+
+    def rate(self, group, done):
+        return group["initial_lr"] * self.curve(done)
 
     def _hard(self):
         return self.regularizer is not None and self.regularizer.kind == "hard"
@@ -583,7 +586,7 @@ def train(
             begin_epoch(loader, epoch)
             if regularizer and epoch and epoch % regularizer.refresh_every == 0:
                 regularizer.refresh()
-            rate = optimizer.param_groups[0]["initial_lr"] * SCHEDULES[schedule](epoch / epochs)
+            rate = step.rate(optimizer.param_groups[0], epoch / epochs)
             row = _train_epoch(step, loader, _device(model), epoch * steps, epochs * steps, bar)
             history.append(dict(epoch=epoch + 1, lr=rate, **_told_of_rows(regularizer), **row))
             if checkpoint is not None:

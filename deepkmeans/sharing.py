@@ -23,7 +23,7 @@ from tqdm import tqdm
 from .clustering import Clustering, kmeans
 from .plan import LayerPlan, check_plan, dense_layers
 from .reports import LayerReport
-from .rows import from_rows, to_rows
+from .rows import at_least_float32, from_rows, to_rows
 
 # %% ../nbs/03_sharing.ipynb #moved
 def _moved(old, fn):  # where fn would cast, only its device counts
@@ -122,7 +122,7 @@ class SharedWeight(Codes):
 
     def forward(self, codebook: torch.Tensor):  # (k, d) -> weight
         # 16 bits cannot sum a cluster's gradients
-        exact = codebook.to(torch.promote_types(codebook.dtype, torch.float32))
+        exact = at_least_float32(codebook)
         centres = self.with_mean_gradients(exact)  # (k, d)
         if self.pinned:
             centres = F.pad(centres[1:], (0, 0, 1, 0))
@@ -159,8 +159,7 @@ class SharedWeight(Codes):
 
 # %% ../nbs/03_sharing.ipynb #rows-to-cluster
 def _rows_to_cluster(weight, plan):  # (n, d), at least float32
-    rows = to_rows(weight.detach(), plan.layout)
-    return rows.to(torch.promote_types(rows.dtype, torch.float32))
+    return at_least_float32(to_rows(weight.detach(), plan.layout))
 
 # %% ../nbs/03_sharing.ipynb #from
 def _from(rows, plan, codes, seed, backend):

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..clustering import Clustering, encode, kmeans, pinned_rows
 from ..plan import LayerPlan, Plan, make_plan
-from ..rows import from_rows, to_rows
+from ..rows import at_least_float32, from_rows, to_rows
 from ..sharing import SharedWeight, SharingReport, cluster, own_class, planned_layers, share_layers
 from ..sharing import sharing_report
 
@@ -227,8 +227,7 @@ def grid(
 
 # %% ../../nbs/25_dkm.ipynb #from-grid
 def _from_grid(weight, layer_plan):  # → Clustering
-    rows = to_rows(weight.detach(), "scalar")  # (n, 1)
-    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    rows = at_least_float32(to_rows(weight.detach(), "scalar"))  # (n, 1)
     k = min(layer_plan.clusters(len(rows)), len(rows))
     start = grid(rows, k, layer_plan.sparsity)
     backend = "torch" if len(rows) < 1000 else "auto"

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from .factors import FactorReport, factor_line, relative_error, layers_to_factor
+from .factors import FactorReport, factor_line, layers_to_factor, relative_error
 from ..plan import CONVOLUTIONS
+from ..rows import at_least_float32
 
 # %% ../../nbs/23_hashing.ipynb #hashes
 GOLDEN = 0x9E3779B97F4A7C15  # step of splitmix64: 2⁶⁴ over the golden ratio, odd
@@ -67,10 +68,6 @@ def apportion(
     return given
 
 # %% ../../nbs/23_hashing.ipynb #weight
-def _wide(tensor):  # the type to sum its numbers in
-    return torch.promote_types(tensor.dtype, torch.float32)
-
-
 class HashedWeight(nn.Module):
     """The parametrization weight_i = ξ(i)·buckets[h(i)] (Chen et al. 2015).
 
@@ -112,7 +109,7 @@ class HashedWeight(nn.Module):
         return (buckets.index_select(0, self.index) * self.sign.to(buckets.dtype)).view(self.shape)
 
     def right_inverse(self, weight: torch.Tensor):  # weight -> (K,)
-        signed = weight.flatten().to(_wide(weight)) * self.sign
+        signed = at_least_float32(weight.flatten()) * self.sign
         total = signed.new_zeros(self.buckets).index_add(0, self.index, signed)
         return (total / torch.bincount(self.index, minlength=self.buckets).clamp(min=1)).to(weight.dtype)
 
@@ -166,14 +163,15 @@ class FrequencyWeight(HashedWeight):
         return start[self._bands] + within.astype(int)
 
     def forward(self, buckets: torch.Tensor):  # (K,) -> weight
-        wide = _wide(buckets)
         with torch.autocast(buckets.device.type, enabled=False):  # the convolution rounds once
-            weight = self.down.T.to(wide) @ super().forward(buckets.to(wide)) @ self.across.to(wide)
-        return weight.to(buckets.dtype)
+            coefficients = super().forward(at_least_float32(buckets))
+            down, across = self.down.to(coefficients.dtype), self.across.to(coefficients.dtype)
+            return (down.T @ coefficients @ across).to(buckets.dtype)
 
     def right_inverse(self, weight: torch.Tensor):  # weight -> (K,)
-        wide = _wide(weight)
-        return super().right_inverse(self.down.to(wide) @ weight.to(wide) @ self.across.T.to(wide)).to(weight.dtype)
+        values = at_least_float32(weight)
+        down, across = self.down.to(values.dtype), self.across.to(values.dtype)
+        return super().right_inverse(down @ values @ across.T).to(weight.dtype)
 
 # %% ../../nbs/23_hashing.ipynb #budgets
 def _budgets(layers, ratio):  # (layers,) buckets of each; biases stay

@@ -183,8 +183,7 @@ def _frozen_as(conv, factors):
             part.bias.requires_grad_(conv.bias.requires_grad)
 
 
-def _factorise(model, exclude, given, factor):  # factor(name, conv) → (factors, ranks, error), or the reason why not
-    layers, report = layers_to_factor(model, nn.Conv2d, exclude)
+def _factorise(model, layers, report, given, factor):  # factor(name, conv) → (factors, ranks, error), or why not
     if "" in layers:
         raise ValueError("model is a convolution itself and cannot be replaced in place; put it into an nn.Sequential")
     check_layer_names(given, layers)
@@ -282,7 +281,7 @@ def tucker(
         factors, error = _tucker_factors(conv, r_in, r_out)
         return factors, (r_in or S, r_out or T), error
 
-    return _factorise(model, exclude, ranks or {}, factor)
+    return _factorise(model, *layers_to_factor(model, nn.Conv2d, exclude), ranks or {}, factor)
 
 # %% ../../nbs/24_lowrank.ipynb #only
 def _only(value, axis, rest):  # a pair whose other half is at rest; a word, such as "same", holds for both
@@ -371,8 +370,8 @@ def separable(
     energy, ratio and ranks is given, within its bounds, and for ranks of an unknown layer.
     """
     _check_separable(energy, ratio, ranks)
-    planned = shareable_layers(model, layers_of(model, nn.Conv2d, exclude))
-    convs = {name: conv for name, conv in planned.items() if conv.groups == 1}
+    layers, report = layers_to_factor(model, nn.Conv2d, exclude)
+    convs = {name: conv for name, conv in layers.items() if not _irreplaceable(conv)}
     svds = {name: _separable_svd(conv) for name, conv in convs.items()}
     chosen = ranks
     if energy is not None:
@@ -394,4 +393,4 @@ def separable(
         error = float(S[K:].square().sum() / S.square().sum().clamp(min=1e-300))
         return _separable_factors(conv, svds[name], K), (K,), error
 
-    return _factorise(model, exclude, chosen, factor)
+    return _factorise(model, layers, report, chosen, factor)

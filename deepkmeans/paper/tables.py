@@ -321,7 +321,7 @@ def show(
     counted = [name for name in shown if name in ratios.values()]
     forms = dict.fromkeys(signed, "{:+.2f}") | dict.fromkeys(["baseline", *counted], "{:.2f}")
     forms["nominal ratio"] = "{:g}"
-    return shown.style.format(forms, na_rep="–").hide(axis="index")
+    return shown.style.set_uuid(f"table{table.number}").format(forms, na_rep="–").hide(axis="index")
 
 # %% ../../nbs/32_tables.ipynb #keep-picture
 def keep_picture(
