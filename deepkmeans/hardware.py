@@ -381,6 +381,8 @@ def energy(
     if not calls:
         raise ValueError(f"input_shape={_brief(input_shape)}: "
                          f"{type(model).__name__} runs no convolution or linear layer on it")
+    if not all(prod(x) for layer_calls in calls.values() for x, _ in layer_calls):
+        raise ValueError(f"input_shape={_brief(input_shape)} leaves a layer without activations")
     with in_eval(model):  # where a weight may be computed without changing what it is computed from
         layers = {name: _Layer.of(m, calls[name], *(b[name] for b in bits), plan.get(name))
                   for name, m in modules.items() if name in calls}

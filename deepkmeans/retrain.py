@@ -406,6 +406,8 @@ def _check_finite(step, steps):
 def _show(sums, began, steps, step, bar):  # → mean loss, penalty and share of right guesses so far
     *totals, images = sums.tolist()
     loss, penalty, right = (total / images for total in totals)
+    if isnan(loss) and steps == 1:
+        raise FloatingPointError("the loss is NaN before any step: images, labels or weights hold NaN or infinity")
     if isnan(loss):
         lr = step.optimizer.param_groups[0]["initial_lr"]
         raise FloatingPointError(f"the loss is NaN after {steps} steps; lr={lr} is too high")

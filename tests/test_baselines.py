@@ -163,3 +163,27 @@ def test_filters_are_taken_out_of_ordinary_layers_and_each_consumer_once():
     with pytest.raises(ValueError, match="'0' has a weight that is computed"):
         car.remove_filters(net, "0", ["2"], [0])
     assert net(torch.randn(1, 4, 9, 9)).shape[1] == 8 == F.relu(net[0](torch.randn(1, 4, 9, 9))).shape[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_dkm_of_16_bits_mixes_in_32(dtype):
+    net = convolutions().to(dtype).train()
+    dkm.soften(net, dk.make_plan(net, k=4))
+    with torch.no_grad():
+        net[0].parametrizations.weight.original.add_(3)  # far from every centre
+    assert net[0].weight.dtype == dtype and net[0].weight.isfinite().all()
+
+
+def test_iterations_are_whole_and_a_ratio_that_leaves_too_few_buckets_names_the_layer():
+    with pytest.raises(ValueError, match="iterations=2.5 must be a whole number"):
+        dkm.soften(convolutions(), dk.make_plan(convolutions(), k=4), iterations=2.5)
+    with pytest.raises(ValueError, match="ratio=30 leaves layer '0' 4 buckets: budget=4 must be from 5"):
+        hashing.fresh_net(convolutions(), 30)
+
+
+def test_soft_weight_sharing_refuses_what_training_does():
+    net, mixture = convolutions(), sws.Mixture(3)
+    with pytest.raises(ValueError, match="loader holds no batches"):
+        sws.train_soft(net, [], mixture, epochs=1, images=10)
+    with pytest.raises(ValueError, match="lr=nan must be at least 0"):
+        sws.train_soft(net, [(torch.zeros(1, 4, 8, 8), torch.zeros(1))], mixture, epochs=1, images=10, lr=float("nan"))

@@ -271,3 +271,8 @@ def test_bits_may_be_numpy_s_and_a_computed_weight_of_another_kind_is_left_out_b
     assert report.skipped == {"0": "Embedding is neither convolution nor linear layer"}
     assert report.skipped.keys() == dk.make_plan(net, k=2, include=(nn.Linear,)).skipped.keys()
     assert report.lines == dk.energy(net, tokens, weight_bits=8).lines
+
+
+def test_a_batch_without_images_has_no_energy():
+    with pytest.raises(ValueError, match=r"input_shape=a tensor \(0, 1, 8, 8\) leaves a layer without activations"):
+        dk.energy(nn.Sequential(nn.Conv2d(1, 2, 3)), torch.zeros(0, 1, 8, 8))

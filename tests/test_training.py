@@ -514,3 +514,8 @@ def test_a_resumed_training_has_the_buffers_that_no_state_dict_holds(tmp_path):
     dk.train(again, batches(), epochs=2, lr=0.01, checkpoint=file, progress=False)
     assert torch.equal(again[-1].mean, whole[-1].mean)
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), whole.parameters()))
+
+
+def test_images_that_are_nan_are_not_the_learning_rate_s_fault():
+    with pytest.raises(FloatingPointError, match="NaN before any step: images, labels or weights"):
+        dk.train(network(), [(x * math.nan, y) for x, y in batches()], epochs=1, lr=0.01, progress=False)

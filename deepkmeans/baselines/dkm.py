@@ -7,6 +7,8 @@ __all__ = ['MAX_ATTENTION', 'EPS', 'attention', 'soft_assign', 'SoftWeight', 'dk
            'grid', 'deep_compression']
 
 # %% ../../nbs/25_dkm.ipynb #imports
+from numbers import Integral
+
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
@@ -89,10 +91,10 @@ class SoftWeight(nn.Module):
     ):
         super().__init__()
         found = cluster(weight, plan, seed=seed)
-        rows = to_rows(weight.detach(), plan.layout)
+        rows = at_least_float32(to_rows(weight.detach(), plan.layout))
         least = 1e-12 * float(rows.double().square().mean()) + 1e-30  # τ = 0 where every row is its own centre
         self.register_buffer("codebook", found.codebook.to(weight.device, weight.dtype))  # (k, d)
-        self.register_buffer("tau", weight.new_tensor(max(temperature * found.inertia / len(rows), least)))
+        self.register_buffer("tau", rows.new_tensor(max(temperature * found.inertia / len(rows), least)))
         self.plan = plan
         self.fixed_point = dict(iterations=iterations, tol=tol)
 
@@ -106,9 +108,10 @@ class SoftWeight(nn.Module):
 
     def _mixed(self, rows):  # (n, d) → (n, d); the centres move
         with torch.autocast(rows.device.type, enabled=False):  # the softmax of large numbers is nothing for bfloat16
-            soft, codebook = soft_assign(rows, self.codebook.clone(), self.tau, **self.fixed_point)
+            wide, codebook = at_least_float32(rows), at_least_float32(self.codebook).clone()
+            soft, codebook = soft_assign(wide, codebook, self.tau.to(wide.dtype), **self.fixed_point)
         self.codebook.copy_(codebook.detach())
-        return soft
+        return soft.to(rows.dtype)
 
 # %% ../../nbs/25_dkm.ipynb #dkm-plan
 def dkm_plan(
@@ -129,8 +132,8 @@ def dkm_plan(
 def _check_softening(plan, temperature, iterations):
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} must be above 0")
-    if iterations < 1:
-        raise ValueError(f"iterations={iterations} must be at least 1")
+    if not isinstance(iterations, Integral) or iterations < 1:
+        raise ValueError(f"iterations={iterations} must be a whole number, at least 1")
     for name, layer_plan in plan.items():
         if layer_plan.sparsity:
             must = "must be 0: DKM has no centre fixed at zero"

@@ -189,10 +189,17 @@ def _draw_buckets(buckets, weight, generator):  # uniform, with the mean square 
     buckets.copy_(drawn * (3 * weight.square().mean()).sqrt().cpu())
 
 # %% ../../nbs/23_hashing.ipynb #hash-layers
+def _hashed(make, name, layer, buckets, seed, ratio):
+    try:
+        return make(layer, layer.weight.shape, buckets, seed)
+    except ValueError as error:
+        raise ValueError(f"ratio={ratio} leaves layer {name!r} {buckets} buckets: {error}") from error
+
+
 def _hash_layers(model, ratio, scratch, include, exclude, seed, make):  # make(layer, shape, buckets, seed) → its weight
     layers, report = layers_to_factor(model, include, exclude)
     budgets = _budgets(layers.values(), ratio)
-    hashed = [make(layer, layer.weight.shape, budgets[i], seed + i) for i, layer in enumerate(layers.values())]
+    hashed = [_hashed(make, name, layer, budgets[i], seed + i, ratio) for i, (name, layer) in enumerate(layers.items())]
     generator = torch.Generator().manual_seed(seed)
     for (name, layer), weight in zip(layers.items(), hashed):
         before = layer.weight.detach().clone()

@@ -68,8 +68,8 @@ def random_dictionary(
 ) -> FactorReport:
     """Write each layer as learned coefficients times a fixed random dictionary (Denil et al. 2013).
 
-    Its rank is the largest that the ratio allows. Raises `ValueError` for a ratio under 1 and for layers that cannot be
-    factored; the network is then unchanged.
+    Its rank is the largest that the ratio allows, and at least 1. Raises `ValueError` for a ratio under 1 and for
+    layers that cannot be factored; the network is then unchanged.
     """
     if not ratio >= 1:
         raise ValueError(f"ratio={ratio} must be at least 1")

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ..accounting import FLOAT_BITS, NORM_TYPES, index_bits
 from ..plan import LAYERS
-from ..retrain import begin_epoch, classification_loss
+from ..retrain import begin_epoch, check_training, classification_loss
 from ..sharing import shareable_layers
 
 # %% ../../nbs/21_sws.ipynb #mixture
@@ -108,7 +108,11 @@ def train_soft(
     seed: int = 0, # seed of dropout
     progress: bool = True, # show a progress bar?
 ) -> list: # one dict an epoch: loss and complexity, means over the epoch
-    """Re-train weights and mixture together under the loss E + τ/N·complexity (Ullrich et al. 2017)."""
+    """Re-train weights and mixture together under the loss E + τ/N·complexity (Ullrich et al. 2017).
+
+    Raises `ValueError` for what `train` would refuse of the arguments that it has, and as `prior_weights` does.
+    """
+    check_training(model, loader, epochs, lr, "constant", None)
     weights = prior_weights(model)
     history = []
     optimizer = _adam(model, mixture, lr, speed)
