@@ -6,8 +6,8 @@
 __all__ = ['Accuracy', 'Clustering', 'CompressedFileError', 'Data', 'KMeans', 'LayerPlan', 'Loader', 'NAMED_PLANS', 'Outcome',
            'Regularizer', 'SharedWeight', 'SharingReport', 'allocate', 'build', 'compress', 'compression', 'decode',
            'decompress', 'encode', 'energy', 'evaluate', 'from_rows', 'full_adders', 'inspect', 'kmeans', 'load',
-           'load_compressed', 'load_weights', 'loaders', 'make_plan', 'named_plan', 'save_compressed', 'share',
-           'subset', 'to_onnx', 'to_rows', 'train', 'unshare']
+           'load_compressed', 'load_weights', 'loaders', 'make_plan', 'mean_score', 'named_plan', 'save_compressed',
+           'share', 'subset', 'to_onnx', 'to_rows', 'train', 'unshare']
 
 # %% ../nbs/index.ipynb #version
 __version__ = "0.1.0"
@@ -23,7 +23,7 @@ from deepkmeans.clustering import Clustering, KMeans, decode, encode, kmeans
 from deepkmeans.models import build, load_weights
 from deepkmeans.pipeline import Outcome, compress
 from deepkmeans.regularizer import Regularizer
-from deepkmeans.retrain import Accuracy, evaluate, train
+from deepkmeans.retrain import Accuracy, evaluate, mean_score, train
 from deepkmeans.rows import from_rows, to_rows
 from deepkmeans.plan import LayerPlan, make_plan
 from deepkmeans.sharing import SharedWeight, SharingReport, share, unshare
@@ -34,6 +34,6 @@ _all_ = [
     "Accuracy", "Clustering", "CompressedFileError", "Data", "KMeans", "LayerPlan", "Loader", "NAMED_PLANS", "Outcome",
     "Regularizer", "SharedWeight", "SharingReport", "allocate", "build", "compress", "compression", "decode",
     "decompress", "encode", "energy", "evaluate", "from_rows", "full_adders", "inspect", "kmeans", "load",
-    "load_compressed", "load_weights", "loaders", "make_plan", "named_plan", "save_compressed", "share", "subset",
-    "to_onnx", "to_rows", "train", "unshare",
+    "load_compressed", "load_weights", "loaders", "make_plan", "mean_score", "named_plan", "save_compressed", "share",
+    "subset", "to_onnx", "to_rows", "train", "unshare",
 ]

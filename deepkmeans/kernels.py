@@ -13,7 +13,7 @@ import numpy as np
 
 from .passes import _inline, _quick, sums
 from .tree import _ALONE, _FAR, _INF, _LEAF, _ZERO
-from .tree import _certain, _depth, _in_tree, _norm, _parallel, _parts, _pool, tree_order
+from .tree import _certain, _depth, _in_tree, _norm, _parallel, _part_starts, _threads, tree_order
 
 # %% ../nbs/50_kernels.ipynb #constants
 _BLOCK = 128  # rows that are compared with a centre at a time
@@ -231,7 +231,7 @@ class _Near:  # compares blocks of rows with the centres near them
         self.pool = pool
         self.blocks = _blocks(x)
         self.low, self.high = self.blocks.min(2), self.blocks.max(2)  # (n/_BLOCK, d)
-        self.starts = _parts(k, _depth(k, _PART))
+        self.starts = _part_starts(k, _depth(k, _PART))
 
     def __call__(self, means):
         across = np.ascontiguousarray(means.T, np.float32)  # (d, k)
@@ -310,7 +310,7 @@ def make_search(
     find = _among_all(centres) if _few(*centres.shape) else _in_tree(centres)
 
     def search(x, codes=None):
-        with _pool(x, centres) as pool:
+        with _threads(x, centres) as pool:
             return find(x, codes, pool)
     return search
 
@@ -341,7 +341,7 @@ def lloyd(
     weight = np.empty(0) if weight is None else weight
     start = start.astype(np.float32).astype(np.float64)  # (k, d)
     how = _lloyd_near if x.shape[1] <= _SHORT and len(start) >= _PART else _lloyd_all
-    with _pool(x, start) as pool:
+    with _threads(x, start) as pool:
         return how(x, weight, start, max_iter, stop, pool)
 
 # %% ../nbs/50_kernels.ipynb #lloyd-few

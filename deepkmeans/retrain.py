@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'AUXILIARY', 'TEMPERATURE', 'TAUGHT', 'SHOWN_EVERY', 'heads', 'check_loader', 'pairs', 'seeded',
-           'Accuracy', 'modes_kept', 'in_eval', 'evaluate', 'classification_loss', 'distillation_loss', 'check_sgd',
-           'check_training', 'begin_epoch', 'train']
+           'Accuracy', 'modes_kept', 'in_eval', 'evaluate', 'mean_score', 'classification_loss', 'distillation_loss',
+           'check_sgd', 'check_training', 'begin_epoch', 'train']
 
 # %% ../nbs/05_retrain.ipynb #imports
 import hashlib
@@ -137,18 +137,7 @@ def _scores(output, labels):  # how often right at once, how often right among f
 
 # %% ../nbs/05_retrain.ipynb #evaluate-loader
 @torch.no_grad()
-def evaluate(
-    model: nn.Module, # a classifier: images → logits (b, classes); with a `metric`, any network
-    loader: Iterable, # batches (images, labels)
-    *,
-    metric: Callable | None = None, # (output, labels) → a batch's score, summed over images; None: accuracy and loss
-    amp: bool = False, # compute in bfloat16 where that is safe?
-) -> Accuracy: # with a `metric`, its mean over the images, a float
-    """Accuracy and loss of the model in eval mode over the whole loader; each module gets its mode back afterwards.
-
-    Raises `ValueError` for a loader without images, for labels that are no classes where there is no `metric`, and as
-    `check_loader` and `pairs` do.
-    """
+def _mean_over_images(model, loader, score, amp):  # over the images, in eval mode, float64
     check_loader(loader)
     device = _device(model)
     images, total = 0, 0.0
@@ -156,14 +145,37 @@ def evaluate(
         for x, y in _on_device(loader, device):
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
                 output = model(x)
-            total = total + torch.as_tensor((metric or _scores)(output, y)).double().cpu()
+            total = total + torch.as_tensor(score(output, y)).double().cpu()
             images += len(y)
     if not images:
         raise ValueError("loader holds no images")
-    if metric:
-        return float(total / images)
-    top1, top5, loss = (total / images).tolist()
+    return total / images
+
+
+def evaluate(
+    model: nn.Module, # a classifier: images → logits (b, classes)
+    loader: Iterable, # batches (images, labels)
+    *,
+    amp: bool = False, # compute in bfloat16 where that is safe?
+) -> Accuracy:
+    """Accuracy and loss of the model in eval mode over the whole loader; each module gets its mode back afterwards.
+
+    Raises `ValueError` for a loader without images, for labels that are no classes, and as `check_loader` and `pairs`
+    do.
+    """
+    top1, top5, loss = _mean_over_images(model, loader, _scores, amp).tolist()
     return Accuracy(100 * top1, 100 * top5, loss)
+
+
+def mean_score(
+    model: nn.Module, # any network
+    loader: Iterable, # batches (images, labels), the labels of any kind
+    score: Callable, # (output, labels) → the score of a batch, summed over its images
+    *,
+    amp: bool = False, # compute in bfloat16 where that is safe?
+) -> float:
+    """The mean of a score of your own over the images of a loader, measured as `evaluate` does."""
+    return float(_mean_over_images(model, loader, score, amp))
 
 # %% ../nbs/05_retrain.ipynb #schedules
 def _cosine(done):

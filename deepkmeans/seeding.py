@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .passes import _quick, _strict
-from .tree import _INF, _ZERO, _box, _parts, make_boxes, tree_order
+from .tree import _INF, _ZERO, _box, _part_starts, make_boxes, tree_order
 
 # %% ../nbs/52_seeding.ipynb #seeding
 class _Seeding(NamedTuple):  # on its way
@@ -30,7 +30,7 @@ class _Seeding(NamedTuple):  # on its way
 
 # %% ../nbs/52_seeding.ipynb #begin
 def _begin(x, weight, depth):  # a seeding without a centre
-    starts, (low, high) = _parts(len(x), depth), make_boxes(x, depth)
+    starts, (low, high) = _part_starts(len(x), depth), make_boxes(x, depth)
     square, top, mass = np.full(len(x), _INF), np.full(len(low), _INF), np.zeros(len(low))
     near = np.empty(np.diff(starts).max(), np.float32)
     stack, found = np.empty(2**depth + depth + 1, np.int64), np.empty(2**depth, np.int64)

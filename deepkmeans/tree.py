@@ -31,7 +31,7 @@ def _parallel(pool, kernel, total, *arguments):  # kernel(*arguments, begin, end
     list(pool.map(lambda i: kernel(*arguments, slices[i], slices[i + 1]), range(len(slices) - 1)))
 
 # %% ../nbs/49_tree.ipynb #pool-code
-def _pool(rows, centres):  # of as many threads as PyTorch uses; none where the work is over before they are awake
+def _threads(rows, centres):  # of as many threads as PyTorch uses; none where the work is over before they are awake
     threads = torch.get_num_threads()
     alone = threads == 1 or len(rows) * len(centres) < _ALONE
     return nullcontext() if alone else ThreadPoolExecutor(threads)
@@ -41,7 +41,7 @@ def _depth(k, size):  # of a tree whose leaves have room for so many of k points
     return max(0, ceil(log2(k / size)))
 
 # %% ../nbs/49_tree.ipynb #parts
-def _parts(n, depth):  # where each of 2**depth equal parts of range(n) begins, and n
+def _part_starts(n, depth):  # where each of 2**depth equal parts of range(n) begins, and n
     return n * np.arange(2**depth + 1) // 2**depth
 
 # %% ../nbs/49_tree.ipynb #order
@@ -101,7 +101,7 @@ def make_boxes(
     depth: int, # the tree has 2**depth leaves
 ):
     """The lower and the upper corners (nodes, d) of each node's box, the root's first, the leaves' last."""
-    starts = _parts(len(points), depth)[:-1]
+    starts = _part_starts(len(points), depth)[:-1]
     lows, highs = [np.minimum.reduceat(points, starts)], [np.maximum.reduceat(points, starts)]
     while len(lows[0]) > 1:
         lows.insert(0, np.minimum(lows[0][::2], lows[0][1::2]))
@@ -131,7 +131,7 @@ def make_tree(
 ) -> Tree:
     """Put the centres into leaves of at most `_LEAF`."""
     depth = _depth(len(centres), _LEAF)
-    starts = _parts(len(centres), depth)
+    starts = _part_starts(len(centres), depth)
     at = starts[:-1, None] + np.arange(_LEAF)  # (leaves, _LEAF)
     there = at < starts[1:, None]
     leaves = np.where(there[..., None], centres[np.where(there, at, 0)], _FAR)

@@ -406,7 +406,7 @@ def test_the_global_generator_neither_decides_what_is_measured_nor_moves():
         net, before = network(), torch.manual_seed(seed).get_state()
         plans.append(dk.allocate(net, 4, shuffled(), images=8))
         first = []  # the labels of the first batch tell the order
-        dk.evaluate(net, shuffled(), metric=lambda output, labels: first.append(labels.tolist()) or 0.0)
+        dk.mean_score(net, shuffled(), lambda output, labels: first.append(labels.tolist()) or 0.0)
         scores.append(first)
         assert torch.equal(torch.get_rng_state(), before)
     assert plans[0] == plans[1] and scores[0] == scores[1]
@@ -423,7 +423,7 @@ def test_labels_that_are_no_classes_are_refused_unless_a_metric_takes_them():
             dk.evaluate(net, [(x, wrong)])
     by_hand = 100 * float((net(x).argmax(1) == y).double().mean())
     assert dk.evaluate(net, [(x, y.int())]).top1 == dk.evaluate(net, [(x, y)]).top1 == pytest.approx(by_hand)
-    soft = dk.evaluate(net, [(x, F.one_hot(y, 5).float())], metric=lambda out, y: (out.argmax(1) == y.argmax(1)).sum())
+    soft = dk.mean_score(net, [(x, F.one_hot(y, 5).float())], lambda out, y: (out.argmax(1) == y.argmax(1)).sum())
     assert soft == pytest.approx(by_hand / 100)
 
 
