@@ -113,26 +113,27 @@ def _points_along(rows, axes):  # (n, d) → abscissas and ordinates; single num
 
 # %% ../../nbs/33_figures.ipynb #rows-figure
 def rows_figure(
-    before: torch.Tensor, # (n, d) rows of the baseline
-    after: torch.Tensor, # (n, d) rows after re-training, not yet shared
-    codes: torch.Tensor, # (n,) codes
-    codebook: torch.Tensor, # (k, d) after sharing
+    states: dict[str, torch.Tensor], # {title: (n, d) rows}: before re-training and after
+    codes: torch.Tensor, # (n,) codes after it
+    codebook: torch.Tensor, # (k, d) after it
 ):
     """Rows before and after re-training above their codebook, along the two principal axes of the rows before."""
     plt = use_style()
+    before, _ = states.values()
     mean = before.mean(0)
     axes = _principal_axes(before)
     size = min(70, 7000 / len(codebook))  # of a cross
     fig, panels = plt.subplots(1, 2, figsize=(10, 4.4), sharex=True, sharey=True, layout="constrained")
-    for ax, rows, title in zip(panels, (before, after), ("baseline", "re-trained")):
+    for ax, (title, rows) in zip(panels, states.items()):
         ax.scatter(*_points_along(codebook - mean, axes), marker="x", s=size, c="0.25", linewidths=1.8, zorder=1)
         dots = dict(cmap="viridis", s=8, alpha=0.6, linewidths=0, zorder=2)
         ax.scatter(*_points_along(rows - mean, axes), c=codes.tolist(), **dots)
         ax.locator_params(axis="x", nbins=7)  # for long numbers
-        ax.set(title=f"{title}: {len(rows):,} rows, a colour for each centre", xlabel="first principal axis (weight)")
+        ax.set(title=f"{title}: {len(rows):,} rows, coloured by centre", xlabel="first principal axis (weight)")
     panels[0].set_ylabel("second principal axis (weight)")
     crosses = plt.Line2D([], [], linestyle="", marker="x", color="0.25", markeredgewidth=1.8, markersize=8)
-    fig.legend([crosses], [f"centres of the codebook, k = {len(codebook)}"], loc="outside lower center", frameon=False)
+    told = f"centres after re-training, k = {len(codebook)}"
+    fig.legend([crosses], [told], loc="outside lower center", frameon=False)
     return fig
 
 # %% ../../nbs/33_figures.ipynb #straight
