@@ -275,7 +275,8 @@ def _names_file(network): # or the name of a network?
 
 # %% ../nbs/40_cli.ipynb #input
 # pixels; 224 for ImageNet's
-SIDES = {"lenet5": 28, "tt_conv_cnn": 32, "freshnet_cnn": 32, "wide_resnet": 32, "googlenet_64": 64}
+SIDES = {"lenet5": 28, "tt_conv_cnn": 32, "freshnet_cnn": 32, "wide_resnet": 32, "googlenet_64": 64,
+         "torchvision:inception_v3": 299}
 
 
 def _input(args, model): # → (channels, height, width) of an image
@@ -284,7 +285,7 @@ def _input(args, model): # → (channels, height, width) of an image
     named = architecture_of(model)
     if not named:
         raise ValueError("energy needs --input C H W for a network that is known by no name")
-    side = SIDES.get(named["name"], 224)
+    side = named.get("image_size") or SIDES.get(named["name"], 224)
     return named.get("in_channels", 3), side, side
 
 # %% ../nbs/40_cli.ipynb #energy
@@ -652,6 +653,8 @@ def _print(text, stream): # what the stream's encoding lacks is replaced by what
 
 # %% ../nbs/40_cli.ipynb #flush
 def _flush_streams(): # a reader that is gone, or a full disk, is no reason for a second message when Python ends
+    if sys.stdout is None:  # closed, as by >&-
+        return
     try:
         sys.stdout.flush()
     except OSError:
@@ -712,3 +715,7 @@ def main(
     finally:
         _flush_streams()
     return 0
+
+# %% ../nbs/40_cli.ipynb #run-as-module
+if __name__ == "__main__" and "__file__" in globals():  # python -m deepkmeans.cli, and no notebook
+    raise SystemExit(main())

@@ -110,13 +110,16 @@ class Split:
 def channel_stats(
     images: torch.Tensor, # (n, c, h, w) uint8
 ) -> tuple: # mean (c,) and std (c,)
-    """Mean and standard deviation of each channel, for pixels in [0, 1], as tuples of floats."""
+    """Mean and standard deviation of each channel, for pixels in [0, 1], as tuples of floats.
+
+    A channel that never changes gets standard deviation 1/255 and becomes 0.
+    """
     value = torch.arange(256, dtype=torch.float64) / 255
     counts = [torch.bincount(images[:, c].reshape(-1), minlength=256) for c in range(images.shape[1])]  # c × (256,)
     share = torch.stack(counts) / counts[0].sum()  # (c, 256)
     mean = share.double() @ value  # (c,)
     variance = (share * (value - mean[:, None]) ** 2).sum(1)  # (c,)
-    return tuple(mean.tolist()), tuple(variance.sqrt().tolist())
+    return tuple(mean.tolist()), tuple(variance.sqrt().clamp(min=1 / 255).tolist())
 
 # %% ../nbs/12_data.ipynb #pixel-stats
 def pixel_stats(
@@ -225,9 +228,10 @@ def _image_column(path, file): # → its name, where the file is an image set
     schema = file.schema_arrow
     named = [name for name in ("image", "img") if name in schema.names]
     image = next((name for name in named if pa.types.is_struct(schema.field(name).type)), None)
-    if image is None or "label" not in schema.names or not file.metadata.num_rows:
+    whole = "label" in schema.names and pa.types.is_integer(schema.field("label").type)
+    if image is None or not whole or not file.metadata.num_rows:
         raise ValueError(f"{path} has {file.metadata.num_rows} rows of {', '.join(schema.names)}; an image set needs "
-                         "the columns image: {bytes, path} and label, and at least one row")
+                         "the columns image: {bytes, path} and label, whole numbers, and at least one row")
     return image
 
 # %% ../nbs/12_data.ipynb #columns
@@ -288,7 +292,10 @@ def _from_cache(path, stamp): # → (images, labels, jpeg?) or None
         with safe_open(path, "pt") as f:
             info = f.metadata() or {}
             if info.get("stamp") == stamp:
-                return f.get_tensor("images"), f.get_tensor("labels"), info["jpeg"] == "True"
+                images, labels = f.get_tensor("images"), f.get_tensor("labels")
+                if images.dtype != torch.uint8 or images.ndim != 4 or labels.dtype != torch.int64:
+                    raise KeyError("images and labels")
+                return images, labels, info["jpeg"] == "True"
     except FileNotFoundError:
         pass
     except (SafetensorError, OSError, KeyError) as e:
@@ -346,8 +353,9 @@ def _test_transform(size, resize): # scale the shorter side to `resize`, cut a s
 
 # %% ../nbs/12_data.ipynb #list-images
 def _list_images(folder): # → files, labels, class names, all sorted
-    classes = sorted(p.name for p in folder.iterdir() if p.is_dir())
-    found = [(f, c) for c, name in enumerate(classes) for f in sorted((folder / name).iterdir())]
+    classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    inside = [(f, c) for c, name in enumerate(classes) for f in sorted((folder / name).iterdir())]
+    found = [(f, c) for f, c in inside if not f.name.startswith(".")]  # hidden files and folders are no data
     images = [(f, c) for f, c in found if f.suffix.lower() in (".png", ".jpg", ".jpeg") and f.is_file()]
     if len(images) < len(found):
         others = f"{len(found) - len(images)} of {len(found)} entries"
@@ -364,6 +372,8 @@ def _list_folder(path): # → (files, labels) of training and test images, class
     if len(parts) == 2:
         warnings.warn(f"{path} has both val and test; val is used and test is left out")
     *train, classes = _list_images(path / "train")
+    if empty := sorted(set(range(len(classes))) - set(train[1].tolist())):
+        warnings.warn(f"{path / 'train'} has no images of the class {', '.join(classes[c] for c in empty)}")
     files, labels, names = _list_images(parts[0])
     if extra := sorted(set(names) - set(classes)):
         raise ValueError(f"{parts[0]} has classes that train has not: {', '.join(extra)}")
@@ -441,7 +451,7 @@ def _folder(path, size, progress):
 
     def read(part, files, labels):
         jpeg = any(f.suffix.lower() != ".png" for f in files)
-        stamp = _stamp(files, size)
+        stamp = _stamp(files, size, labels.tolist())
         return _cached(path / part, stamp, lambda: (_stack(files, files, transform, progress), labels, jpeg))
 
     train_images, train_labels, _ = read("train", *train)

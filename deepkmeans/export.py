@@ -77,6 +77,15 @@ def _ran(dense, batch):  # names of the modules that run
     return ran
 
 # %% ../nbs/10_export.ipynb #export
+def _check_free(proto, input_shape):  # did torch fix what should stay free?
+    axes = zip(("the number of images", "channels", "height", "width"), (None, *input_shape))
+    dims = proto.graph.input[0].type.tensor_type.shape.dim
+    for (axis, size), dim in zip(axes, dims):
+        if size is None and not dim.dim_param:
+            raise ValueError(f"the network fixes {axis}, as int(x.shape[0]) or a loop over the images does, "
+                             f"so that the file would take {dim.dim_value} only")
+
+
 def _export(dense, batch, input_shape, opset):
     # optimising would fold batch normalisation into the weights
     options = dict(dynamo=True, optimize=False, verbose=False, opset_version=opset)
@@ -153,8 +162,8 @@ def to_onnx(
     Networks of float16, float32 and float64 keep their type. The file appears whole or not at all. Raises `ImportError`
     when onnx or onnxscript is missing, and `ValueError` for an operator set below 18 or above that of the onnx
     installed, for an image on which the network does not run, for a network that torch cannot export (what it does
-    depends on the numbers in an image, or on a size that shall be free), and when the shared weight of a module
-    that runs is not in the graph.
+    depends on the numbers in an image, or on a size that shall be free, as the number of images is), and when the
+    shared weight of a module that runs is not in the graph.
     """
     onnx = _onnx()
     _check_export(onnx, input_shape, opset)
@@ -164,6 +173,7 @@ def to_onnx(
     if None in input_shape:  # torch would export a network that only takes its sample
         _ran(dense, _sample(dense, input_shape, free=96))
     proto = _export(dense, batch, input_shape, opset)
+    _check_free(proto, input_shape)
     _share_graph(proto, model, dense, ran, opset)
     onnx.checker.check_model(proto)
     write_file(path, proto.SerializeToString())

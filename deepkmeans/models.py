@@ -296,8 +296,9 @@ def googlenet_64(
     return nn.Sequential(OrderedDict(enlarge=Enlarge(64), googlenet=net))
 
 # %% ../nbs/11_models.ipynb #torchvision
-def _torchvision(name, num_classes, seed=0, **options):
+def _torchvision(name, num_classes, in_channels=3, seed=0, **options):
     from torchvision import models
+    _only_rgb(in_channels, name)
     short = name.removeprefix("torchvision:")
     if short not in models.list_models(module=models):
         raise ValueError(f"name={name!r} must be one of {', '.join(MODELS)}, "

@@ -387,7 +387,7 @@ def _hard_state(hard):  # {name: tensor}
     if hard.price:
         state["mu"] = torch.tensor(hard.price.mu, dtype=torch.float64)
         state["worth"] = torch.tensor(sum(hard.price.worth, []), dtype=torch.float64)  # σ, layer after layer
-    return state
+    return {name: value.clone() for name, value in state.items()}  # training goes on in place
 
 # %% ../nbs/04_regularizer.ipynb #layer-state
 def _layer_state(state, name, own, k):  # what a state dict holds of a layer with at most k centres
@@ -466,6 +466,8 @@ class Regularizer:
         self.seed = seed
         if kind == "hard":
             _check_pins(plan)
+            if bits is not None and not self.layers:
+                raise ValueError(f"bits={bits} need a plan with layers, this one is empty")
             found = cluster_layers(self.layers, plan, seed=seed, backend=backend)
             states = {name: _first_state(m.weight, plan[name], found[name]) for name, m in self.layers.items()}
             with torch.no_grad():

@@ -701,3 +701,20 @@ def test_the_page_of_the_command_line_opens_with_a_session(root):
     sources = ["".join(cell["source"]) for cell in cells]
     session = next(i for i, text in enumerate(sources) if 'shell("deepkmeans compress' in text)
     assert session < min(i for i, text in enumerate(sources) if text.startswith("#| export"))
+
+
+def test_the_module_runs_as_a_program_and_with_its_output_closed():
+    listed = subprocess.run([sys.executable, "-m", "deepkmeans.cli", "list"], capture_output=True, text=True)
+    assert listed.returncode == 0 and "wrn-50" in listed.stdout
+    closed = subprocess.run(
+        f"exec {sys.executable} -m deepkmeans.cli list >&-", shell=True, capture_output=True, text=True
+    )
+    assert closed.returncode == 0 and closed.stderr == ""
+
+
+@pytest.mark.parametrize(
+    "words", [["lenet5", "--option", "image_size=20"], ["torchvision:inception_v3", "--option", "init_weights=false"]]
+)
+def test_energy_takes_the_image_that_the_network_is_made_for(words, capsys):
+    assert main(["energy", *words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)

@@ -471,3 +471,53 @@ def test_cifar10_knows_whether_it_is_a_jpeg_copy():
     mean, std = pixel_stats(data.train.images)
     np.testing.assert_allclose(mean.mean((1, 2)), data.mean, rtol=1e-5)
     assert mean.shape == (3, 32, 32) and (std > 0.1).all() and channel_stats(data.train.images)[0] == data.mean
+
+
+def test_a_class_that_comes_later_gives_the_others_their_new_numbers_from_the_cache_too(tmp_path):
+    path = folder(tmp_path / "pets", classes=("b", "c"))
+    assert load(path, progress=False).test.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    folder(path, ("train",), ("a",))
+    data = load(path, progress=False)
+    assert data.classes == ("a", "b", "c") and data.test.labels.tolist() == [1, 1, 1, 2, 2, 2]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_hidden_folders_and_files_are_no_classes_and_no_images_and_an_empty_class_is_said(stream, tmp_path):
+    path = folder(tmp_path / "pets")
+    (path / "train/.ipynb_checkpoints").mkdir()
+    (path / "train/cat/._0.JPEG").write_bytes(b"Mac")
+    (path / "train/eel").mkdir()
+    with pytest.warns(UserWarning, match="has no images of the class eel"):
+        data = load(path, size=8, stream=stream, progress=False)
+    assert data.classes == ("cat", "dog", "eel") and len(data.train) == 6
+
+
+def test_images_of_one_colour_are_standardised(tmp_path):
+    images = torch.full((4, 3, 2, 2), 7, dtype=torch.uint8)
+    assert channel_stats(images)[1] == (1 / 255,) * 3
+    split = Split(images, torch.zeros(4, dtype=torch.int64))
+    mean, std = channel_stats(images)
+    assert next(iter(Loader(split, 4, mean=mean, std=std)))[0].abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("labels", [[0.5, 1.0], [True, False], ["a", "b"], [[1], [2]]])
+def test_labels_of_a_parquet_file_are_whole_numbers(labels, tmp_path):
+    image = {"bytes": png(np.zeros((4, 4), np.uint8), tmp_path), "path": "a"}
+    put(tmp_path, {"image": [image, image], "label": labels})
+    with pytest.raises(ValueError, match="train.parquet has 2 rows.*label, whole numbers"):
+        load("mnist", tmp_path, progress=False)
+
+
+def test_a_cache_of_another_form_is_not_taken(tmp_path, monkeypatch):
+    from safetensors.torch import load_file, save_file
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = folder(tmp_path / "pets")
+    first = load(path, progress=False)
+    for file in (tmp_path / "cache" / "deepkmeans").iterdir():
+        with data_module.safe_open(file, "pt") as opened:
+            head = opened.metadata()
+        save_file({name: value.float() for name, value in load_file(file).items()}, file, metadata=head)
+    with pytest.warns(UserWarning, match="cannot be read and are decoded again"):
+        again = load(path, progress=False)
+    assert torch.equal(again.train.images, first.train.images) and again.fingerprint == first.fingerprint

@@ -207,3 +207,25 @@ def test_a_disk_that_is_full_leaves_the_old_file_and_nothing_else(tmp_path, monk
     with pytest.raises(OSError, match="No space"):
         dk.to_onnx(odd(), path, (3, 16, 16))
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("looks", ["int", "loop"])
+def test_a_network_that_fixes_the_number_of_images_is_refused(looks, tmp_path):
+    pytest.importorskip("onnxscript")
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(1, 4, 3), nn.Linear(144, 10)
+
+        def forward(self, x):
+            if looks == "loop":
+                x = torch.stack([self.conv(image[None])[0] for image in x])
+                return self.fc(x.flatten(1))
+            return self.fc(self.conv(x).view(int(x.shape[0]), -1))
+
+    net = Net()
+    dk.share(net, dk.make_plan(net, k=3))
+    with pytest.raises(ValueError, match="fixes the number of images|cannot export the network"):
+        dk.to_onnx(net, tmp_path / "net.onnx", (1, 8, 8))
+    assert not (tmp_path / "net.onnx").exists()

@@ -182,3 +182,18 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
     for name in ("killed", "straight"):
         subprocess.run(run(name), check=True)
     assert (tmp_path / "killed.end").read_bytes() == (tmp_path / "straight.end").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        (dict(lr="nan"), "lr=nan must be finite"),
+        (dict(K=4, rate=0.5), "K=4 and rate=0.5: give one of them"),
+        (dict(sparsity=0.5, repeat=2), "sparsity=0.5 and sparse_at='zero' need K or rate"),
+        (dict(model="torchvision:resnet18"), "in_channels=1 must be 3: torchvision:resnet18"),
+    ],
+    ids=["nan", "two sizes", "no size", "colour"],
+)
+def test_what_cannot_be_is_said_before_anything_is_trained(wrong, said, papermill, tmp_path):
+    done = papermill("nbs/retrain.ipynb", out=tmp_path / "runs", **QUICK, **wrong)
+    assert done.returncode and said in done.stderr and not (tmp_path / "runs").exists()

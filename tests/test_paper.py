@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import nbformat
 import pandas as pd
@@ -473,3 +474,11 @@ def test_repeated_runs_start_from_one_baseline_and_differ_afterwards(root, tmp_p
     assert runs["stages.baseline.loss"].nunique() == 1 and runs["stages.shared.loss"].nunique() == 2
     assert len(list((tmp_path / "baselines").glob("*.safetensors"))) == 1
     assert line._replace(repeated="seed").run(1)["seed"] == 1
+
+
+def test_a_run_that_a_suite_names_twice_is_made_once(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(suite, "_execute_all", lambda notebook, defaults, missing, *_: made.extend(missing) or [])
+    notebook = Path(store.repository()) / "nbs" / "retrain.ipynb"
+    suite.run(notebook, [{"K": 3}, {"K": 3}, {"K": 4}], out=tmp_path, progress=False)
+    assert [parameters["K"] for parameters in made] == [3, 4]

@@ -338,3 +338,22 @@ def test_a_wanted_size_begins_with_the_shares_at_zero_that_the_plan_has(monkeypa
     codes = dk.Regularizer(net, plan, bits=bits).codes()
     for name, layer in plan.items():
         assert abs(float((codes[name] == 0).double().mean()) - layer.sparsity) < 0.01, name
+
+
+def test_a_state_does_not_change_while_training_goes_on():
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3))
+    regularizer = dk.Regularizer(net, dk.make_plan(net, k=3))
+    state = regularizer.state_dict()
+    copied = {name: value.clone() for name, value in state.items()}
+    for step in range(12):
+        with torch.no_grad():
+            for p in net.parameters():
+                p.add_(0.1 * torch.randn_like(p))
+        regularizer.step((step + 1) / 12)
+    assert all(torch.equal(value, copied[name]) for name, value in state.items())
+    assert any(not torch.equal(value, copied[name]) for name, value in regularizer.state_dict().items())
+
+
+def test_a_wanted_number_of_bits_needs_layers():
+    with pytest.raises(ValueError, match="bits=100.0 need a plan with layers"):
+        dk.Regularizer(nn.Sequential(nn.Conv2d(1, 4, 3)), {}, bits=100.0)

@@ -6,6 +6,7 @@
 __all__ = ['NOT_NEGATIVE', 'device_of', 'Start', 'start', 'train_baseline', 'file_record']
 
 # %% ../../nbs/34_jobs.ipynb #imports
+from math import isfinite
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +26,9 @@ NOT_NEGATIVE = (
 
 
 def _check(parameters):
+    for name, value in parameters.items():
+        if isinstance(value, float) and not isfinite(value):
+            raise ValueError(f"{name}={value} must be finite")
     for name in NOT_NEGATIVE:
         if parameters.get(name, 0) < 0:
             raise ValueError(f"{name}={parameters[name]} must be at least 0")

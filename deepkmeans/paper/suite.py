@@ -180,7 +180,8 @@ def run(
     stores = [Path(out).resolve(), *known]
     defaults = notebook_parameters(notebook)
     found = lookup(notebook, suite, stores)
-    missing = [complete_parameters(defaults, parameters) for parameters, record in zip(suite, found) if record is None]
+    complete = [complete_parameters(defaults, parameters) for parameters, record in zip(suite, found) if record is None]
+    missing = list({run_id(parameters): parameters for parameters in complete}.values())  # each once
     if missing and progress:
         print(f"{len(missing)} of {len(suite)} runs are missing and are made now")
     for failure in _execute_all(notebook, defaults, missing, stores[0], jobs, together, scheduler, progress):
