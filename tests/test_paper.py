@@ -482,3 +482,11 @@ def test_a_run_that_a_suite_names_twice_is_made_once(tmp_path, monkeypatch):
     notebook = Path(store.repository()) / "nbs" / "retrain.ipynb"
     suite.run(notebook, [{"K": 3}, {"K": 3}, {"K": 4}], out=tmp_path, progress=False)
     assert [parameters["K"] for parameters in made] == [3, 4]
+
+
+@pytest.mark.parametrize("other, compared", [(89.17, True), (88.6, False)])
+def test_a_network_that_another_processor_measured_is_the_same_and_another_network_is_not(other, compared):
+    line = dict(change=-1.0, paper=float("nan"), error=0.3, ended=1)
+    frame = pd.DataFrame.from_dict({"ours": line | {"baseline": 89.18}, "theirs": line | {"baseline": other}}, "index")
+    (said,) = tables.claims(frame, [("ours", "theirs")])
+    assert ("within the scatter" in said) == compared and ("not compared" in said) != compared
