@@ -165,7 +165,7 @@ FEW = dict(train_images=128, test_images=64, baseline_epochs=1, epochs=1)
     "given",
     [
         dict(epochs=2, kind="spectral", strength=1e-3, refresh_every=1, amp=True),
-        dict(sparsity=0.3, amp=True),
+        dict(K=16, sparsity=0.3, amp=True),
         dict(kind="none", sparsity=0.3, sparse_at="mean", K=16),
         dict(layout="scalar"),
     ],

@@ -118,14 +118,15 @@ def test_a_kernel_that_does_not_come_up_gets_another_try(small, tmp_path, monkey
 
 
 INTERRUPTED = """
+def interrupting(send):  # a closure, which outlives the names of the cell
+    def send_and_interrupt(stream, message, *given, **more):
+        sent = send(stream, message, *given, **more)
+        if message == "execute_reply":
+            raise KeyboardInterrupt
+        return sent
+    return send_and_interrupt
 session = get_ipython().kernel.session
-send = session.send
-def send_and_interrupt(stream, message, *given, **more):
-    sent = send(stream, message, *given, **more)
-    if message == "execute_reply":
-        raise KeyboardInterrupt
-    return sent
-session.send = send_and_interrupt
+session.send = interrupting(session.send)
 """
 
 
@@ -287,7 +288,7 @@ DKM †,8,,-3.50 ± 0.40 (1),,7.50,8.00,e
 def test_the_picture_of_the_readme_is_drawn_from_figures_alone(root, readme, tmp_path):
     for folder in ("nbs/paper", "docs", "figures"):
         (tmp_path / folder).mkdir(parents=True)
-    for name in ("table3_wide_resnet_full.csv", "lenet_regularizers_cpu.csv"):
+    for name in ("table3_wide_resnet_full.csv", "lenet_regularizers_cpu.csv", "lenet_regularizers_cpu.jsonl"):
         shutil.copy(root / "figures" / name, tmp_path / "figures")
     with Image.open(readme.draw_picture(tmp_path)) as drawn, Image.open(root / "docs" / "results.png") as committed:
         assert drawn.size == committed.size and len(drawn.convert("RGB").getcolors(2**20)) > 100
