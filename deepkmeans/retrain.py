@@ -174,7 +174,10 @@ def mean_score(
     *,
     amp: bool = False, # compute in bfloat16 where that is safe?
 ) -> float:
-    """The mean of a score of your own over the images of a loader, measured as `evaluate` does."""
+    """The mean of a score of your own over the images of a loader, measured as `evaluate` does.
+
+    Raises `ValueError` for a loader without images, and as `check_loader` and `pairs` do.
+    """
     return float(_mean_over_images(model, loader, score, amp))
 
 # %% ../nbs/05_retrain.ipynb #schedules
@@ -409,7 +412,8 @@ def _train_epoch(step, loader, device, start, total, bar):
 
 
 def _check_finite(step, steps):
-    broken = [name for name, p in step.model.named_parameters() if not p.isfinite().all()]
+    trained = [(name, p) for name, p in step.model.named_parameters() if p.requires_grad]
+    broken = [name for name, p in trained if not p.isfinite().all()]
     if broken:
         lr = step.optimizer.param_groups[0]["initial_lr"]
         raise FloatingPointError(f"{broken[0]} is NaN or infinite after {steps} steps; lr={lr} is too high")
@@ -578,7 +582,7 @@ def train(
     `ValueError` for bad settings, a regularizer of another model, a loader without a length, and a checkpoint of
     another network, other settings, plan or data (which lists hold, and loaders tell that have a `fingerprint`), and
     as `check_loader` and `pairs` do, and a teacher that is a part of the model; `FloatingPointError` when the loss
-    becomes NaN, or a parameter is NaN or infinite when an epoch ends.
+    becomes NaN, or a trained parameter is NaN or infinite when an epoch ends.
     """
     check_training(model, loader, epochs, lr, schedule, regularizer, teacher)
     plain = dict(epochs=epochs, lr=lr, schedule=schedule, momentum=momentum, weight_decay=weight_decay, amp=amp,

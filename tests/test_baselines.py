@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 import deepkmeans as dk
 from deepkmeans.baselines import car, dkm, hashing, lowrank, sws
@@ -162,7 +161,7 @@ def test_filters_are_taken_out_of_ordinary_layers_and_each_consumer_once():
     assert isinstance(net[0].parametrizations.weight[0], SharedWeight)
     with pytest.raises(ValueError, match="'0' has a weight that is computed"):
         car.remove_filters(net, "0", ["2"], [0])
-    assert net(torch.randn(1, 4, 9, 9)).shape[1] == 8 == F.relu(net[0](torch.randn(1, 4, 9, 9))).shape[1]
+    assert net[0](torch.randn(1, 4, 9, 9)).shape[1] == net[0].out_channels == 8  # nothing was taken out
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -468,6 +468,12 @@ def test_a_parameter_that_the_last_step_made_nan_is_an_error():
         dk.train(Net(), batches()[:1], epochs=1, lr=0.01, progress=False)
 
 
+def test_an_infinite_parameter_that_is_not_trained_is_no_error():
+    net = network()
+    net.mask = nn.Parameter(torch.tensor([0.0, -math.inf]), requires_grad=False)
+    assert dk.train(net, batches(), epochs=1, lr=0.01, progress=False)[0]["epoch"] == 1
+
+
 def test_labels_of_any_whole_type_train_alike():
     nets = network(), network()
     for net, dtype in zip(nets, (torch.int64, torch.int32)):
