@@ -16,7 +16,7 @@ import torch.nn as nn
 from .plan import ALL_CONVOLUTIONS, type_name
 from .reports import Report
 from .retrain import in_eval
-from .sharing import shared_layers
+from .sharing import SharedWeight, shared_layers
 
 # %% ../nbs/06_accounting.ipynb #huffman-bits
 def _huffman_bits(counts):
@@ -105,24 +105,30 @@ def _counted_modules(model, scope, batchnorm):  # {name: module}
     return {name: m for name, m in _in_scope(owners, scope).items() if batchnorm or not isinstance(m, NORM_TYPES)}
 
 # %% ../nbs/06_accounting.ipynb #shared-bits
-def _shared_bits(shared, coding, plain):
+def _shared_bits(shared, coding):
     k = len(shared.counts)
     weights = prod(shared.shape)
-    kept = FLOAT_BITS * plain
     codebook = FLOAT_BITS * k * (weights // len(shared.codes))
-    indexes = index_bits(shared.counts, coding)
-    return dict(k=k, parameters=weights + plain, dense_bits=FLOAT_BITS * weights + kept, codebook_bits=codebook,
-                index_bits=indexes, kept_bits=kept, bits=codebook + indexes + kept)
+    return dict(k=k, parameters=weights, codebook_bits=codebook, index_bits=index_bits(shared.counts, coding))
 
-# %% ../nbs/06_accounting.ipynb #dense-bits
-def _dense_bits(module, plain):
-    computed = getattr(module, "parametrizations", nn.ModuleDict())  # weights that are computed from what is learned
-    parameters = plain + sum(getattr(module, name).numel() for name in computed)
-    kept = FLOAT_BITS * (plain + sum(p.numel() for p in computed.parameters()))
-    return dict(k=None, parameters=parameters, dense_bits=FLOAT_BITS * parameters, codebook_bits=0, index_bits=0,
-                kept_bits=kept, bits=kept)
+# %% ../nbs/06_accounting.ipynb #kept
+def _kept(module, plain, biases):  # (numbers beside a shared weight, those that they are computed from)
+    makers = getattr(module, "parametrizations", nn.ModuleDict())
+    kept = {name: own for name, own in makers.items() if not isinstance(own[0], SharedWeight)}
+    kept = {name: own for name, own in kept.items() if biases or "bias" not in name}
+    numbers = sum(getattr(module, name).numel() for name in kept)
+    learned = sum(p.numel() for own in kept.values() for p in own.parameters())
+    return plain + numbers, plain + learned
 
-# %% ../nbs/06_accounting.ipynb #compression-rows
+# %% ../nbs/06_accounting.ipynb #line
+def _line(name, kept, learned, shared):  # shared: what `_shared_bits` gives, or nothing
+    line = dict(layer=name, k=None, parameters=0, dense_bits=0, codebook_bits=0, index_bits=0) | shared
+    line["parameters"] += kept
+    line["dense_bits"] = FLOAT_BITS * line["parameters"]
+    line["kept_bits"] = FLOAT_BITS * learned
+    return line | dict(bits=line["codebook_bits"] + line["index_bits"] + line["kept_bits"])
+
+# %% ../nbs/06_accounting.ipynb #parameter-lines
 def _parameter_lines(model, modules, coding, biases):
     shared = shared_layers(model)
     counted = set()
@@ -132,9 +138,10 @@ def _parameter_lines(model, modules, coding, biases):
         wanted = {id(p): p.numel() for key, p in named if biases or "bias" not in key}
         plain = sum(wanted[p] for p in wanted.keys() - counted)  # parameters that stay as they are
         counted |= wanted.keys()
-        line = _shared_bits(shared[name], coding, plain) if name in shared else _dense_bits(module, plain)
+        own = _shared_bits(shared[name], coding) if name in shared else {}
+        line = _line(name or type_name(module), *_kept(module, plain, biases), own)
         if line["dense_bits"]:
-            lines.append({"layer": name or type_name(module), **line})
+            lines.append(line)
     return lines
 
 # %% ../nbs/06_accounting.ipynb #layer-of

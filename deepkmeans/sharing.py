@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Codes', 'centroids', 'SharedWeight', 'cluster', 'shareable_layers', 'planned_layers', 'side_by_side',
            'cluster_layers', 'SharingReport', 'sharing_report', 'share_layer', 'share_layers', 'shared_layers', 'share',
-           'own_class', 'unshare']
+           'plain_weight', 'unshare']
 
 # %% ../nbs/03_sharing.ipynb #imports
 from collections import defaultdict
@@ -462,21 +462,29 @@ def share(
     return report
 
 # %% ../nbs/03_sharing.ipynb #own-class
-def own_class(
-    module: nn.Module, # with a parametrization
-):
-    """Give a module a class of its own, of the same name and contents.
-
-    A deep copy has the class of its original, from which torch would take the property `weight` when it removes it.
-    """
+def _own_class(module):
     cls = type(module)
-    module.__class__ = type(cls.__name__, cls.__bases__, dict(cls.__dict__))
+    module.__class__ = type(cls.__name__, cls.__bases__, dict(cls.__dict__))  # of the same name and contents
 
 # %% ../nbs/03_sharing.ipynb #reorder
 def _reorder(parameters, names):  # a dict, in place: these names first
     kept = {name: parameters[name] for name in dict.fromkeys([*names, *parameters]) if name in parameters}
     parameters.clear()
     parameters.update(kept)
+
+# %% ../nbs/03_sharing.ipynb #plain-weight
+def plain_weight(
+    module: nn.Module, # with a parametrization on its weight; changed in place
+    order: tuple, # the names of its parameters before that
+    computed: bool, # keep the weight that is computed? else the one that it is computed from
+):
+    """Take a layer's parametrization away and put its weight where it was among the parameters.
+
+    A deep copy has the class of its original, from which torch would take the property `weight`: it gets its own first.
+    """
+    _own_class(module)
+    parametrize.remove_parametrizations(module, "weight", leave_parametrized=computed)
+    _reorder(module._parameters, order)
 
 # %% ../nbs/03_sharing.ipynb #unshare
 def unshare(
@@ -485,7 +493,5 @@ def unshare(
     """Bake codebook[codes] into ordinary dense weights; the network computes what it did before."""
     modules = dict(model.named_modules())
     for name, shared in shared_layers(model).items():
-        own_class(modules[name])
-        parametrize.remove_parametrizations(modules[name], "weight", leave_parametrized=True)
-        _reorder(modules[name]._parameters, shared.order)
+        plain_weight(modules[name], shared.order, computed=True)
     return model

@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from ..clustering import Clustering, encode, kmeans, pinned_rows
 from ..plan import LayerPlan, Plan, make_plan
 from ..rows import at_least_float32, from_rows, to_rows
-from ..sharing import SharedWeight, SharingReport, cluster, own_class, planned_layers, share_layers
-from ..sharing import sharing_report
+from ..sharing import SharedWeight, SharingReport, cluster, plain_weight, planned_layers
+from ..sharing import share_layers, sharing_report
 
 # %% ../../nbs/25_dkm.ipynb #attention
 MAX_ATTENTION = 2 ** 26  # entries of the attention that are held at once, 256 MiB in float32
@@ -79,6 +79,8 @@ class SoftWeight(nn.Module):
     In training each row is a mixture of centres, in evaluation its nearest centre. The centres are a buffer that moves
     with each forward pass in training, as a batch statistic does.
     """
+
+    order = ()  # of the layer's parameters before it was softened
 
     def __init__(
         self,
@@ -158,6 +160,7 @@ def soften(
     layers = planned_layers(model, plan)
     soft = {name: SoftWeight(m.weight, plan[name], temperature, iterations, tol, seed) for name, m in layers.items()}
     for name, module in layers.items():
+        soft[name].order = tuple(module._parameters)
         parametrize.register_parametrization(module, "weight", soft[name].train(module.training))
 
 # %% ../../nbs/25_dkm.ipynb #is-soft
@@ -169,13 +172,6 @@ def _hard_clustering(rows, soft):  # the clustering of the rows by the centres t
     codes, distances = encode(rows, soft.codebook)
     used, codes = codes.unique(return_inverse=True)
     return Clustering(soft.codebook[used], codes, float(distances.sum()), soft.fixed_point["iterations"])
-
-# %% ../../nbs/25_dkm.ipynb #bare
-def _bare(module):  # its weight is the dense one again → the SoftWeight that it had
-    soft = module.parametrizations.weight[0]
-    own_class(module)
-    parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
-    return soft
 
 # %% ../../nbs/25_dkm.ipynb #share-nearest
 def _share_nearest(model, layers, soft):  # soft: {layer name: SoftWeight} → SharingReport
@@ -198,7 +194,9 @@ def harden(
     soft = {name: module for name, module in model.named_modules() if _is_soft(module)}
     if not soft:
         raise ValueError("no layer of the network is soft; call soften(model, plan) first")
-    makers = {name: _bare(module) for name, module in soft.items()}
+    makers = {name: module.parametrizations.weight[0] for name, module in soft.items()}
+    for name, module in soft.items():
+        plain_weight(module, makers[name].order, computed=False)
     try:
         return _share_nearest(model, soft, makers)
     except BaseException:
