@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .passes import _inline, _quick, sums
+from .passes import _inline, _quick, follow, sums
 from .tree import _ALONE, _FAR, _INF, _LEAF, _ZERO
 from .tree import _certain, _depth, _in_tree, _norm, _parallel, _part_starts, _threads, tree_order
 
@@ -21,10 +21,19 @@ _PART = 64  # centres at most that a block passes over together
 _SHORT = 6  # numbers in a row up to which blocks are compared with near centres only
 
 # %% ../nbs/50_kernels.ipynb #blocks
-def _blocks(x):  # (n, d) → (n/_BLOCK, d, _BLOCK) float32, the last filled up with zeros
-    padded = np.zeros((ceil(len(x) / _BLOCK) * _BLOCK, x.shape[1]), np.float32)
-    padded[:len(x)] = x
-    return np.ascontiguousarray(padded.reshape(-1, _BLOCK, x.shape[1]).swapaxes(1, 2))
+@_quick
+def _fill(x, blocks, begin, end):  # blocks[begin:end], with zeros where there are no more rows
+    for b in range(begin, end):
+        rows = x[b * _BLOCK:(b + 1) * _BLOCK]
+        for j in range(x.shape[1]):
+            blocks[b, j, :len(rows)] = rows[:, j]
+            blocks[b, j, len(rows):] = _ZERO
+
+
+def _blocks(x, pool):  # (n, d) → (n/_BLOCK, d, _BLOCK) float32
+    blocks = np.empty((ceil(len(x) / _BLOCK), x.shape[1], _BLOCK), np.float32)
+    _parallel(pool, _fill, len(blocks), x, blocks)
+    return blocks
 
 # %% ../nbs/50_kernels.ipynb #fours
 def _in_fours(means):  # (k, d) float32, with centres that are nobody's nearest up to a multiple of four
@@ -38,8 +47,22 @@ def _coordinates(d):
 
 # %% ../nbs/50_kernels.ipynb #meet-four
 @_inline
-def _meet_four(rows, centres, c, coordinates, best, which, second):
-    # the rows of a block (d, _BLOCK) and the centres c to c + 3; second: the least square but one, or None
+def _least_of_four(one, two, three, four, c, r, best, which, second):
+    # of row r to the centres c to c + 3; second: the least but one of all, or None
+    first = np.int32(c + 1) if two < one else np.int32(c)
+    last = np.int32(c + 3) if four < three else np.int32(c + 2)
+    front, back = min(one, two), min(three, four)
+    least = min(front, back)
+    if second is not None:
+        behind = min(min(max(one, two), max(three, four)), max(front, back))  # the least but one of the four
+        second[r] = min(min(second[r], behind), max(best[r], least))
+    name = last if back < front else first
+    which[r] = name if least < best[r] else which[r]
+    best[r] = min(least, best[r])
+
+
+@_inline
+def _meet_four(rows, centres, c, coordinates, best, which, second):  # the rows of a block (d, _BLOCK), by their squares
     for r in range(_BLOCK):
         one = two = three = four = _ZERO
         for j in range(len(coordinates)):
@@ -48,16 +71,7 @@ def _meet_four(rows, centres, c, coordinates, best, which, second):
             two += (value - centres[c + 1, j]) ** 2
             three += (value - centres[c + 2, j]) ** 2
             four += (value - centres[c + 3, j]) ** 2
-        first = np.int32(c + 1) if two < one else np.int32(c)
-        last = np.int32(c + 3) if four < three else np.int32(c + 2)
-        front, back = min(one, two), min(three, four)
-        square = min(front, back)
-        if second is not None:
-            behind = min(min(max(one, two), max(three, four)), max(front, back))  # the least but one of the four
-            second[r] = min(min(second[r], behind), max(best[r], square))
-        name = last if back < front else first
-        which[r] = name if square < best[r] else which[r]
-        best[r] = min(square, best[r])
+        _least_of_four(one, two, three, four, c, r, best, which, second)
 
 # %% ../nbs/50_kernels.ipynb #half-squares
 @_quick
@@ -75,21 +89,19 @@ _PRODUCT = 2**18  # multiplications up to which OpenBLAS starts no threads of it
 
 
 @_quick
-def _room(centres):  # for the products of a block with so many centres as that allows
-    return np.empty((max(1, _PRODUCT // (_BLOCK * centres.shape[1])), _BLOCK), np.float32)
+def _room(centres):  # for the products of a block with so many centres as that allows, a multiple of four
+    return np.empty((max(4, _PRODUCT // (_BLOCK * centres.shape[1]) // 4 * 4), _BLOCK), np.float32)
 
 
 @_inline
 def _meet_some(rows, centres, half, first, products, best, which, second):  # as many centres as there is room for
     some = slice(first, min(first + len(products), len(half)))
     np.dot(centres[some], rows, products[:some.stop - first])
-    for c in range(first, some.stop):
+    for c in range(first, some.stop, 4):
+        four = products[c - first:c - first + 4]
         for r in range(_BLOCK):
-            gain = half[c] - products[c - first, r]
-            if second is not None:
-                second[r] = min(second[r], max(best[r], gain))
-            which[r] = np.int32(c) if gain < best[r] else which[r]
-            best[r] = min(gain, best[r])
+            _least_of_four(half[c] - four[0, r], half[c + 1] - four[1, r], half[c + 2] - four[2, r],
+                           half[c + 3] - four[3, r], c, r, best, which, second)
 
 # %% ../nbs/50_kernels.ipynb #meet
 @_inline
@@ -123,7 +135,7 @@ def compare_all(
 ):
     """Move each row to its nearest centre by comparing it with all of them."""
     best, which = np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.int32)
-    half, products = _half_squares(centres[:len(means)]), _room(centres)
+    half, products = _half_squares(centres), _room(centres)
     for b in range(begin, end):
         _meet(blocks[b], centres, half, products, coordinates, best, which, None)
         first = b * _BLOCK
@@ -138,7 +150,7 @@ class _All:  # compares blocks of rows with all centres
         self.x = x
         self.codes = codes
         self.pool = pool
-        self.blocks = _blocks(x)
+        self.blocks = _blocks(x, pool)
 
     def __call__(self, means):
         coordinates = _coordinates(means.shape[1])
@@ -229,7 +241,7 @@ class _Near:  # compares blocks of rows with the centres near them
         self.x = x
         self.codes = codes
         self.pool = pool
-        self.blocks = _blocks(x)
+        self.blocks = _blocks(x, pool)
         self.low, self.high = self.blocks.min(2), self.blocks.max(2)  # (n/_BLOCK, d)
         self.starts = _part_starts(k, _depth(k, _PART))
 
@@ -254,7 +266,6 @@ def check_nearest(
     blocks: np.ndarray, # (n/_BLOCK, d, _BLOCK) float32: the rows, from `_blocks`
     x: np.ndarray, # (n, d) float32, the same
     centres: np.ndarray, # (·, d) float32, with far ones up to a multiple of four
-    k: int, # number of centres
     coordinates: tuple, # from `_coordinates`
     codes: np.ndarray, # (n,) int64, a centre of each row; −1, for a row that has none, is filled in
     certain: np.ndarray, # (n,) bool, to fill: is it known to be the nearest?
@@ -262,7 +273,7 @@ def check_nearest(
 ):
     """Find out which rows have their nearest centre."""
     best, second, which = np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.int32)
-    half, products = _half_squares(centres[:k]), _room(centres)
+    half, products = _half_squares(centres), _room(centres)
     for b in range(begin, end):
         second[:] = _INF
         _meet(blocks[b], centres, half, products, coordinates, best, which, second)
@@ -283,8 +294,8 @@ def _among_all(centres):
 
     def find(x, given, pool):
         codes = np.full(len(x), -1) if given is None else given.copy()  # (n,)
-        blocks, certain = _blocks(x), np.empty(len(x), np.bool_)
-        _parallel(pool, check_nearest, len(blocks), blocks, x, fours, len(centres), coordinates, codes, certain)
+        blocks, certain = _blocks(x, pool), np.empty(len(x), np.bool_)
+        _parallel(pool, check_nearest, len(blocks), blocks, x, fours, coordinates, codes, certain)
         unsure = np.flatnonzero(~certain)
         if not len(unsure):
             return codes, unsure, np.empty((0, 2), np.int64)
@@ -316,9 +327,12 @@ def make_search(
 
 # %% ../nbs/50_kernels.ipynb #iterate
 def _iterate(x, weight, means, codes, max_iter, stop, move):  # updates that were made, and whether it ended by itself
-    zeros = np.zeros_like(means)
+    total, mass, known = np.zeros_like(means), np.zeros(len(means)), np.full(len(x), -1)
     for n_iter in range(1, max_iter + 1):
-        total, mass = sums(x, 1.0, zeros, weight, codes)
+        if len(weight):  # of any sizes: a sum that lost a large one would not hold the small ones any more
+            total, mass = sums(x, 1.0, np.zeros_like(means), weight, codes)
+        else:
+            follow(x, codes, known, total, mass)
         if (mass == 0).any():
             return n_iter - 1, False
         old, means = means, total / mass[:, None]  # (k, d)
