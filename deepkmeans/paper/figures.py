@@ -312,7 +312,8 @@ def _draw_ours(ax, ended, floor):  # → what lies below the picture: (x, value,
     for method, lines in ended.groupby("method", sort=False):
         lines = lines.sort_values("x")
         style = dict(label=method, markersize=7, linewidth=1.2, capsize=3, zorder=4)
-        ax.errorbar(lines.x, lines.change, lines.error, **method_look(method), **style)
+        error = lines.error.where(lines.change >= floor)  # a number stands for what lies below
+        ax.errorbar(lines.x, lines.change, error, **method_look(method), **style)
     below = ended[ended.change < floor]
     return [(line.x, line.change, method_look(line.method)["color"]) for line in below.itertuples()]
 
@@ -342,7 +343,7 @@ def _change_legend(fig, ax, points, said):  # ours first, the paper's, and what 
     fig.legend(*zip(*entries), loc="outside right upper", frameon=False, fontsize=10)
 
 # %% ../../nbs/33_figures.ipynb #change-figure
-ON_DISK = "compression ratio on disk, or by its coding where no file was written (paper: as it reports it)"
+ON_DISK = "compression ratio on disk, or by its coding where no file was written\n(the paper's as it reports them)"
 
 
 def change_figure(
