@@ -33,6 +33,7 @@ class _Indicator:
         self.pinned = pinned
 
     def project(self, rows):  # (n, d) → (n, d)
+        self.codes = self.codes.to(rows.device)  # where the network was taken
         return centroids(rows, self.codes, self.k, self.pinned).index_select(0, self.codes)  # faster than indexing
 
 # %% ../nbs/04_regularizer.ipynb #spectral
@@ -47,6 +48,7 @@ class _Spectral:
         self.basis[free] = U[:, :rank]
 
     def project(self, rows):  # (n, d) → (n, d)
+        self.basis = self.basis.to(rows.device)
         return self.basis @ (self.basis.T @ rows)
 
 # %% ../nbs/04_regularizer.ipynb #penalty
@@ -398,6 +400,7 @@ def _layer_state(state, name, own, k):  # what a state dict holds of a layer wit
     return taken
 
 # %% ../nbs/04_regularizer.ipynb #load-hard
+@torch.no_grad()
 def _load_hard(hard, state):
     own = hard.states()
     hard.load({name: _layer_state(state, name, s, hard.plan[name].clusters(len(s.latent))) for name, s in own.items()})
@@ -407,7 +410,8 @@ def _load_hard(hard, state):
         worth = iter(state["worth"].tolist())
         hard.price.worth = [[next(worth) for _ in own] for own in hard.price.worth]
     for block in hard.blocks:
-        block.given = _held(block)
+        _follow_device(block, block.modules[0].weight.device)
+        _write(block)
 
 # %% ../nbs/04_regularizer.ipynb #regularizer-check
 KINDS = ("hard", "indicator", "spectral", "none")

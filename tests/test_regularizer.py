@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -143,13 +144,24 @@ def run_on_the_device():
     assert net[2].weight.is_cuda and all(codes.is_cuda for codes in regularizer.codes().values())
 
 
+@pytest.mark.parametrize("kind", ["indicator", "spectral"])
+def test_a_penalty_follows_the_network_to_another_device(kind):
+    with nullcontext() if torch.cuda.is_available() else pretended_cuda():
+        net = small_net()
+        regularizer = dk.Regularizer(net, dk.make_plan(net, k=4, sparsity=0.2), kind, strength=1.0)
+        here, state = regularizer.penalty().item(), regularizer.state_dict()
+        net.to("cuda")
+        assert regularizer.penalty().item() == pytest.approx(here)
+        regularizer.load_state_dict(state)  # of the CPU
+        assert regularizer.penalty().item() == pytest.approx(here)
+        regularizer.refresh()
+
+
 @pytest.mark.parametrize("bits, order", [(None, 1), (1700.0, 1), (1700.0, -1)])
 def test_an_interrupted_loop_goes_on_to_the_same_bits(bits, order):  # order: weights first, or the regularizer
-    def begin(states=()):
+    def begin():
         net = small_net()
         plan = dk.make_plan(net, k=5, sparsity=0.2 if order > 0 else 0.0)
-        if order < 0 and states:
-            net.load_state_dict(states[0])
         return net, OPTIMIZERS["momentum"](net.parameters()), dk.Regularizer(net, plan, bits=bits)
 
     def go_on(net, optimizer, regularizer, steps):
@@ -162,8 +174,8 @@ def test_an_interrupted_loop_goes_on_to_the_same_bits(bits, order):  # order: we
     net, optimizer, regularizer = begin()
     go_on(net, optimizer, regularizer, range(23))
     states = copy.deepcopy([net.state_dict(), optimizer.state_dict(), regularizer.state_dict()])
-    resumed = begin(states)
-    for part, state in zip(resumed, states):
+    resumed = begin()
+    for part, state in [*zip(resumed, states)][::order]:
         part.load_state_dict(state)
     go_on(*resumed, range(23, 50))
     assert all(torch.equal(a, b) for a, b in zip(straight[0].state_dict().values(), resumed[0].state_dict().values()))
