@@ -21,7 +21,7 @@ from ..sharing import SharedWeight, SharingReport, cluster, plain_weight, planne
 from ..sharing import share_layers, sharing_report
 
 # %% ../../nbs/25_dkm.ipynb #attention
-MAX_ATTENTION = 2 ** 26  # entries of the attention that are held at once, 256 MiB in float32
+MAX_ATTENTION = 2 ** 26  # coordinates of differences that are held at once, 256 MiB in float32
 EPS = 1e-12
 
 
@@ -32,8 +32,8 @@ def attention(
 ) -> torch.Tensor: # (n, k), each row sums to 1
     """softmax(−‖row − centre‖²/τ) over the centres (Cho et al. 2022)."""
     scale = tau ** -0.5
-    codebook = codebook * scale
-    return torch.addmm(-codebook.square().sum(1), rows * scale, codebook.T, alpha=2).softmax(1)
+    pairs = zip((rows * scale).T, (codebook * scale).T)
+    return (-sum((x[:, None] - c).square() for x, c in pairs)).softmax(1)
 
 # %% ../../nbs/25_dkm.ipynb #sums
 def _soft_sums(rows, codebook, tau):  # (k, d) weighted sums of the rows and (k, 1) the weights
@@ -62,7 +62,7 @@ def soft_assign(
     tol: float = 1e-4, # end when no centre moves by more
 ) -> tuple: # rows (n, d), each a mixture of the centres, and the codebook (k, d)
     """The fixed point of DKM and what each row becomes, differentiable in the rows (Cho et al. 2022)."""
-    parts = rows.split(max(1, MAX_ATTENTION // len(codebook)))
+    parts = rows.split(max(1, MAX_ATTENTION // codebook.numel()))
     call = _again if len(parts) > 1 else _once
     for _ in range(iterations):
         before = codebook
