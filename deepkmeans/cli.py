@@ -141,6 +141,9 @@ def _plan(args, model):
         return make_plan(model, k=args.K, rate=args.rate, **chosen)
     if chosen.pop("sparsity", 0):
         raise ValueError(f"sparsity={args.sparsity} cannot be given with --ratio, which chooses it for each layer")
+    if args.codebook:
+        counted = "which counts codebooks in the type of the weights"
+        raise ValueError(f"codebook={args.codebook} cannot be given with --ratio, {counted}")
     return allocate(model, args.ratio, coding="file", seed=args.seed, progress=_on_terminal(), **chosen)
 
 # %% ../nbs/40_cli.ipynb #on-terminal

@@ -636,6 +636,9 @@ def _checked_rows(rows, name="rows"):
     rows = _tensor(rows, name)
     if rows.ndim != 2 or 0 in rows.shape:
         raise ValueError(f"{name} has shape {tuple(rows.shape)}, must be (n, d) with n ≥ 1 and d ≥ 1")
+    if rows.layout != torch.strided or rows.is_meta:
+        kind = "no values" if rows.is_meta else f"layout {rows.layout}"
+        raise ValueError(f"{name} has {kind}, must be a dense tensor with values")
     if rows.is_complex():
         raise ValueError(f"{name} has dtype {rows.dtype}, must be real numbers")
     rows = rows if rows.is_floating_point() else rows.double()
@@ -948,6 +951,7 @@ def _fitted_rows(estimator, X, reset):  # a tensor of rows; checks the number of
     rows = _checked_rows(X, "X")
     if reset:
         estimator.n_features_in_ = rows.shape[1]
+        vars(estimator).pop("feature_names_in_", None)  # of a frame that it was fitted to before
     elif rows.shape[1] != estimator.n_features_in_:
         expected = f"KMeans is expecting {estimator.n_features_in_} features as input"
         raise ValueError(f"X has {rows.shape[1]} features, but {expected}")

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 from constriction import stream
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from .files import place_for_file, write_file
@@ -471,7 +472,8 @@ def _named_tensors(model): # {name in the dense network: tensor, or module whose
 def _kind(item): # tensor, or module whose weight is shared → shape, type
     if isinstance(item, nn.Module):
         return tuple(item.parametrizations.weight[0].shape), item.parametrizations.weight.original.dtype
-    return tuple(getattr(item, "shape", ())), getattr(item, "dtype", None)
+    shape = () if is_lazy(item) else getattr(item, "shape", ())
+    return tuple(shape), getattr(item, "dtype", None)
 
 # %% ../nbs/07_codec.ipynb #outline
 def _outline(state): # → {name: (shape, type)}, {further name: first name of the same thing}
@@ -517,8 +519,8 @@ def _store_tensor(name, tensor, arrays): # appends to the arrays; → type, shap
         raise ValueError(f"{name!r} is a {getattr(tensor, 'dtype', type(tensor).__name__)}, which a file cannot hold")
     if tensor.layout != torch.strided:
         raise ValueError(f"{name!r} has the layout {tensor.layout}, which a file cannot hold")
-    if tensor.is_meta:
-        raise ValueError(f"{name!r} has no values: it is on the meta device")
+    if is_lazy(tensor) or tensor.is_meta:
+        raise ValueError(f"{name!r} has no values: it is on the meta device, or of a lazy layer that has not run")
     dtype = DTYPE_NAMES[tensor.dtype]
     arrays[f"tensors.{dtype}"] += _to_bytes(tensor)
     return dtype, list(tensor.shape)

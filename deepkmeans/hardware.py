@@ -279,10 +279,11 @@ _NOT_CALLED = "its module is not called; what its weight computes all the same i
 
 def _skipped(model, calls):
     missing = {}
+    shared = shared_layers(model)
     for name, m in model.named_modules():
         if isinstance(m, LAYERS) and name not in calls:
             missing[name] = _NOT_CALLED
-        elif has_dense_weight(m) and not isinstance(m, LAYERS):
+        elif (has_dense_weight(m) or name in shared) and not isinstance(m, LAYERS):
             missing[name] = f"{type_name(m)} is neither convolution nor linear layer"
     return missing
 

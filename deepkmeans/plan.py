@@ -57,6 +57,8 @@ class LayerPlan:
     def __post_init__(self):
         _check_rows(self.sparsity, self.sparse_at, self.layout)
         _check_number_of_clusters(self.k, self.rate, self.sparsity)
+        plain = dict(k=self.k and int(self.k), rate=self.rate and float(self.rate), sparsity=float(self.sparsity))
+        vars(self).update(plain)  # numbers of NumPy as Python's
 
     @property
     def pinned(self) -> bool:

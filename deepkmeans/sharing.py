@@ -155,6 +155,7 @@ class SharedWeight(Codes):
         shared.order = tuple(module._parameters)
         parametrize.register_parametrization(module, "weight", shared, unsafe=unsafe)
         shared.known = None
+        module.parametrizations.train(module.training)
         module.parametrizations.weight.original.grad = None  # what there is has the shape of the weight
 
 # %% ../nbs/03_sharing.ipynb #rows-to-cluster

@@ -90,6 +90,45 @@ def test_transposed_convolutions_are_allocated_and_what_stays_dense_is_named():
         dk.allocate(net, 8, include=nn.Conv2d)
 
 
+class Residual(nn.Module):
+    """A branch that begins at zero, as networks with `zero_init_residual` do."""
+
+    def __init__(self, width=32):
+        super().__init__()
+        self.a, self.b = (nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
+        self.norm = nn.BatchNorm2d(width)
+        nn.init.zeros_(self.norm.weight)
+
+    def forward(self, x):
+        return x + self.norm(self.b(self.a(x).relu()))
+
+
+@pytest.mark.parametrize("ratio", [2, 16])
+def test_layers_without_an_effect_take_the_bits_that_are_left(ratio):
+    net = nn.Sequential(nn.Conv2d(1, 32, 3), Residual(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
+    plan = dk.allocate(net, ratio, dk.loaders(dk.load("digits"), 64)[0])
+    dk.share(net, plan, codes=plan.codes)
+    assert dk.compression(net).ratio == pytest.approx(ratio, rel=0.01)
+
+
+def test_a_single_logit_says_yes_or_no():
+    torch.manual_seed(0)
+    two = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(144, 2))
+    one = copy.deepcopy(two)
+    one[2] = nn.Linear(144, 1)
+    with torch.no_grad():
+        one[2].weight.copy_(two[2].weight[1] - two[2].weight[0])
+        one[2].bias.copy_(two[2].bias[1] - two[2].bias[0])
+    images = [(torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(1)), None)]
+    torch.testing.assert_close(fisher(one, images, ["0"]), fisher(two, images, ["0"]))
+
+
+def test_a_network_that_makes_nan_of_images_is_named():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    with pytest.raises(ValueError, match="NaN or infinite logits"):
+        dk.allocate(net, 2, [(torch.full((4, 1, 8, 8), torch.nan), None)])
+
+
 def auxiliary(name):
     import torchvision
 

@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 import torch.nn as nn
+from torch.nn.utils import prune
 
 import deepkmeans as dk
-from deepkmeans.baselines import car, dkm, hashing, lowrank, sws
+from deepkmeans.baselines import car, dkm, hashing, lowrank, sws, tensor_train
 from deepkmeans.sharing import SharedWeight
 
 
@@ -162,6 +163,25 @@ def test_filters_are_taken_out_of_ordinary_layers_and_each_consumer_once():
     with pytest.raises(ValueError, match="'0' has a weight that is computed"):
         car.remove_filters(net, "0", ["2"], [0])
     assert net[0](torch.randn(1, 4, 9, 9)).shape[1] == net[0].out_channels == 8  # nothing was taken out
+    pruned = convolutions()
+    prune.l1_unstructured(pruned[0], "weight", 0.5)
+    with pytest.raises(ValueError, match="'0' has a weight that is computed"):
+        car.remove_filters(pruned, "0", ["2"], [0])
+
+
+NETS_OF_FEWER_NUMBERS = {
+    "hashed": lambda net: hashing.hashed_net(net, 4),
+    "fresh": lambda net: hashing.fresh_net(net, 4),
+    "tensor train": lambda net: tensor_train.tensorize(net, (4, 4)),
+    "DKM": lambda net: dkm.soften(net, dk.make_plan(net, k=4)),
+}
+
+
+@pytest.mark.parametrize("change", NETS_OF_FEWER_NUMBERS.values(), ids=NETS_OF_FEWER_NUMBERS)
+def test_the_energy_of_each_baseline_is_told_by_a_shape_and_by_images(change):
+    net = convolutions()
+    change(net)
+    assert dk.energy(net, (4, 8, 8)).macs == dk.energy(net, torch.zeros(1, 4, 8, 8)).macs
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

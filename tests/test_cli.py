@@ -241,6 +241,7 @@ def test_energy_of_a_file_and_of_a_name(here, capsys):
         ("energy good.dkm --arch mine:small --input 1 8 8", "has no"),
         ("energy lenet5 --arch lenet5", "either a FILE or --arch"),
         ("compress lenet.pt --arch lenet5 --ratio 20 --sparsity 0.5 -o x.dkm", "sparsity=0.5 cannot be given"),
+        ("compress lenet.pt --arch lenet5 --ratio 20 --codebook float16 -o x.dkm", "codebook=float16 cannot be given"),
         ("compress lenet.pt --arch lenet5 --plan wrn-45 -o x.dkm", "name='wrn-45' is a plan for the 16 convolutions"),
         ("energy vit_b_16 --input 3 32 32", "the network does not run on it (Wrong image height!"),
         ("energy --arch mine:picky --input 1 8 8", "the network does not run on it (Wrong image height!"),

@@ -294,6 +294,14 @@ def test_a_card_travels_with_the_file_and_changes_nothing_else(tmp_path):
     assert inspect(tmp_path / "bare.dkm").card is None
 
 
+def test_a_network_that_is_built_from_its_file_is_in_eval_mode_with_all_its_parts(tmp_path):
+    net = build("lenet5").train()
+    share(net, make_plan(net, k=4))
+    assert all(module.training for module in net.modules())
+    save_compressed(net, tmp_path / "net.dkm")
+    assert not any(module.training for module in load_compressed(tmp_path / "net.dkm").modules())
+
+
 def test_a_network_that_was_changed_is_saved_without_its_name(tmp_path):
     net = build("lenet5")
     net.fc2 = nn.Linear(500, 3)

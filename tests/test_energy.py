@@ -276,3 +276,18 @@ def test_bits_may_be_numpy_s_and_a_computed_weight_of_another_kind_is_left_out_b
 def test_a_batch_without_images_has_no_energy():
     with pytest.raises(ValueError, match=r"input_shape=a tensor \(0, 1, 8, 8\) leaves a layer without activations"):
         dk.energy(nn.Sequential(nn.Conv2d(1, 2, 3)), torch.zeros(0, 1, 8, 8))
+
+
+def test_a_shared_layer_of_another_kind_is_still_said_to_be_left_out():
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.linear = nn.Embedding(50, 8), nn.Linear(8, 10)
+
+        def forward(self, tokens):
+            return self.linear(self.words(tokens).mean(1))
+
+    net, tokens = Words(), torch.randint(50, (4, 7))
+    before = dk.energy(net, tokens).skipped
+    dk.share(net, dk.make_plan(net, k=4, include=(nn.Embedding,)))
+    assert dk.energy(net, tokens).skipped == before == {"words": "Embedding is neither convolution nor linear layer"}

@@ -144,6 +144,36 @@ def test_numbers_are_clustered_at_least_as_well_as_by_lloyd(weighted):
             )
 
 
+def weighted_rows(n):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(n, 3, generator=generator), torch.rand(n, generator=generator).double() ** 4 + 1e-3
+
+
+def test_many_weighted_clusters_end_where_the_plain_search_does():
+    rows, weight = weighted_rows(3000)
+    how = dict(init=rows[:100], sample_weight=weight, tol=0, max_iter=300)
+    tree, plain = (kmeans(rows, 100, backend=backend, **how) for backend in ("tree", "torch"))
+    assert torch.equal(tree.codes, plain.codes)
+
+
+def test_weights_count_beside_pinned_rows():
+    rows, weight = weighted_rows(300)
+    found = kmeans(rows, 9, init=rows[:9], pinned_zero=0.3, sample_weight=weight)
+    for c in range(1, 9):
+        mean = np.average(rows[found.codes == c].double(), axis=0, weights=weight[found.codes == c])
+        np.testing.assert_allclose(found.codebook[c], mean, rtol=1e-5, atol=1e-5)
+    assert found.inertia == pytest.approx(inertia(rows, found, weight))
+
+
+def test_rows_of_hardly_any_weight_are_no_centres():
+    rows = torch.randn(2000, 3, generator=torch.Generator().manual_seed(0))
+    rows[1000:] += 100
+    weight = torch.cat([torch.ones(1000), torch.full((1000,), 1e-9)]).double()
+    space = clustering._space(rows, weight)
+    for seed in range(5):
+        assert clustering._seed_plusplus(space, 3, torch.Generator().manual_seed(seed)).max() < 1000
+
+
 def test_weights_stand_for_repeated_rows():
     rows, times = normal(300, 3), torch.randint(1, 5, (300,), generator=torch.Generator().manual_seed(3))
     for backend in GENERAL:
@@ -283,6 +313,8 @@ REFUSED = [
     (dict(seed=0.5), "seed=0.5 must be a whole number"),
     (dict(seed=2**64), "seed=18446744073709551616 must be between"),
     (dict(rows=torch.zeros(5, 2, dtype=torch.complex64)), "rows has dtype torch.complex64"),
+    (dict(rows=torch.eye(5).to_sparse()), "rows has layout torch.sparse_coo"),
+    (dict(rows=torch.zeros(5, 2, device="meta")), "rows has no values"),
     (dict(k=0), "k=0 must be between 1 and the number of rows, 5"),
     (dict(k=6), "k=6 must be between 1 and the number of rows, 5"),
     (dict(init=torch.zeros(3, 2)), r"init has shape \(3, 2\), must be \(k, d\) = \(2, 2\)"),

@@ -359,6 +359,7 @@ def test_its_output_is_a_data_frame_where_that_is_asked_for():
     assert list(clone(named).fit_transform(frame).columns) == list(
         named.get_feature_names_out()
     ) and named.feature_names_in_.tolist() == ["a", "b", "c"]
+    assert not hasattr(named.fit(torch.from_numpy(ARRAY[:, :2])), "feature_names_in_")  # those of the frame are gone
     assert isinstance(
         make_pipeline(StandardScaler(), KMeans(4)).set_output(transform="pandas").fit_transform(frame), pd.DataFrame
     )

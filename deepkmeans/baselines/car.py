@@ -23,8 +23,9 @@ def _weighted(model, names):  # {name: module} of all modules; those named have 
     for name in names:
         if not hasattr(modules.get(name), "weight"):
             raise ValueError(f"{name!r} is no layer with a weight")
-        if parametrize.is_parametrized(modules[name]):
-            raise ValueError(f"{name!r} has a weight that is computed, as shared ones are: no filter can be taken out")
+        if parametrize.is_parametrized(modules[name]) or "weight" not in modules[name]._parameters:
+            computed = "has a weight that is computed, as shared and pruned ones are"
+            raise ValueError(f"{name!r} {computed}: no filter can be taken out")
     return modules
 
 # %% ../../nbs/20_car.ipynb #kept

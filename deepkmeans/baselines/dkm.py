@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..clustering import Clustering, encode, kmeans, pinned_rows
 from ..plan import LayerPlan, Plan, make_plan
-from ..rows import at_least_float32, from_rows, to_rows
+from ..rows import at_least_float32, from_rows, to_rows, without_autocast
 from ..sharing import SharedWeight, SharingReport, cluster, plain_weight, planned_layers
 from ..sharing import share_layers, sharing_report
 
@@ -104,12 +104,12 @@ class SoftWeight(nn.Module):
         rows = to_rows(weight, self.plan.layout)  # (n, d)
         if self.training:
             rows = self._mixed(rows)
-        else:
+        elif not rows.is_meta:  # where only shapes count
             rows = self.codebook[encode(rows, self.codebook)[0]]
         return from_rows(rows, weight.shape, self.plan.layout)
 
     def _mixed(self, rows):  # (n, d) → (n, d); the centres move
-        with torch.autocast(rows.device.type, enabled=False):  # the softmax of large numbers is nothing for bfloat16
+        with without_autocast(rows.device):  # the softmax of large numbers is nothing for bfloat16
             wide, codebook = at_least_float32(rows), at_least_float32(self.codebook).clone()
             soft, codebook = soft_assign(wide, codebook, self.tau.to(wide.dtype), **self.fixed_point)
         self.codebook.copy_(codebook.detach())

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from .factors import FactorReport, factor_line, layers_to_factor, relative_error
 from ..plan import CONVOLUTIONS
-from ..rows import at_least_float32
+from ..rows import at_least_float32, without_autocast
 
 # %% ../../nbs/23_hashing.ipynb #hashes
 GOLDEN = 0x9E3779B97F4A7C15  # step of splitmix64: 2⁶⁴ over the golden ratio, odd
@@ -163,7 +163,7 @@ class FrequencyWeight(HashedWeight):
         return start[self._bands] + within.astype(int)
 
     def forward(self, buckets: torch.Tensor):  # (K,) -> weight
-        with torch.autocast(buckets.device.type, enabled=False):  # the convolution rounds once
+        with without_autocast(buckets.device):  # the convolution rounds once
             coefficients = super().forward(at_least_float32(buckets))
             down, across = self.down.to(coefficients.dtype), self.across.to(coefficients.dtype)
             return (down.T @ coefficients @ across).to(buckets.dtype)

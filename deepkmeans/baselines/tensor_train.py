@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 
 from .factors import FactorReport, check_layer_names, factor_line, relative_error, layers_to_factor
 from ..plan import CONVOLUTIONS
+from ..rows import without_autocast
 
 # %% ../../nbs/22_tensor_train.ipynb #primes
 def _primes(n):  # the prime factors, largest first
@@ -72,7 +73,7 @@ class TTWeight(nn.Module):
         self.axes = [size for group in groups for size in group]
 
     def forward(self, *cores):  # -> weight
-        with torch.autocast(cores[0].device.type, enabled=False):  # bfloat16 would round d times in a chain
+        with without_autocast(cores[0].device):  # bfloat16 would round d times in a chain
             train = reduce(lambda left, core: torch.tensordot(left, core, 1), cores)  # (1, n_0, …, n_d, 1)
         return train.reshape(self.axes).permute(self.order).reshape(self.shape)
 
