@@ -2,7 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # Names given on the command line (make retrain K=8 DATA=mnist) become parameters of the notebook, in lower case but for a K at the end.
-GIVEN := $(filter-out PYTHON,$(foreach v,$(MAKEOVERRIDES),$(firstword $(subst =, ,$(v)))))
+# A value may hold spaces; then Make's list has its further words, too, without an equals sign.
+GIVEN := $(filter-out PYTHON,$(foreach v,$(MAKEOVERRIDES),$(if $(findstring =,$(v)),$(firstword $(subst =, ,$(v))))))
 named = $(shell echo $(1) | tr A-Z a-z | sed -E 's/(^|_)k$$/\1K/')
 PARAMETERS = $(foreach v,$(GIVEN),-p $(call named,$(v)) '$($(v))')
 ONE_THREAD := OMP_NUM_THREADS=1

@@ -5,6 +5,7 @@ import csv
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -267,3 +268,13 @@ def test_a_private_name_means_one_thing_in_the_whole_package(root):
             if isinstance(node, kinds) and node.name.startswith("_") and not node.name.startswith("__"):
                 places.setdefault(node.name, []).append(path.stem)
     assert len(places) > 500 and {name: where for name, where in places.items() if len(where) > 1} == {}
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
+def test_make_passes_settings_on_as_they_are_typed(root):
+    typed = ["make", "-n", "retrain", "K=8", "DATA=my images", "MAX_STEPS=3", "FINETUNE_K=2"]
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # of `make test`
+    printed = subprocess.run(typed, cwd=root, env=outside, capture_output=True, text=True, check=True).stdout
+    words = shlex.split(printed.splitlines()[-1])
+    assert words[:2] == [".venv/bin/deepkmeans", "retrain"]
+    assert sorted(words[2:]) == ["K=8", "data=my images", "finetune_K=2", "max_steps=3"]
