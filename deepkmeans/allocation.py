@@ -332,14 +332,13 @@ VANISHING = 1e-6  # energy of a layer on which the outputs do not depend, as a s
 
 
 def _importance(model, loader, weights, images, seed):  # {layer name: a number, or a tensor like its weight}
-    alone = {name: _evened(1.0, w, 1.0) for name, w in weights.items()}
     if loader is None:
-        return alone
+        return {name: _evened(1.0, w, 1.0) for name, w in weights.items()}
     sensitivity = fisher(model, loader, list(weights), images=images, seed=seed)
     known = {name: _evened(sensitivity[name], w, EVENED) for name, w in weights.items()}
     energies = {name: _energy_of(known[name], w) for name, w in weights.items()}
     least = VANISHING * min(filter(None, energies.values()), default=1.0)
-    return {name: known[name] if energies[name] else least * alone[name] for name in weights}
+    return {name: known[name] if energies[name] else least * _evened(1.0, w, 1.0) for name, w in weights.items()}
 
 # %% ../nbs/08_allocation.ipynb #layer-curves
 def layer_curves(

@@ -20,7 +20,7 @@ _BLOCK = 128  # rows that are compared with a centre at a time
 _PART = 64  # centres at most that a block passes over together
 _SHORT = 6  # numbers in a row up to which blocks are compared with near centres only
 
-# %% ../nbs/50_kernels.ipynb #blocks
+# %% ../nbs/50_kernels.ipynb #blocks-fill
 @_quick
 def _fill(x, blocks, begin, end):  # blocks[begin:end], with zeros where there are no more rows
     for b in range(begin, end):
@@ -29,7 +29,7 @@ def _fill(x, blocks, begin, end):  # blocks[begin:end], with zeros where there a
             blocks[b, j, :len(rows)] = rows[:, j]
             blocks[b, j, len(rows):] = _ZERO
 
-
+# %% ../nbs/50_kernels.ipynb #blocks
 def _blocks(x, pool):  # (n, d) → (n/_BLOCK, d, _BLOCK) float32
     blocks = np.empty((ceil(len(x) / _BLOCK), x.shape[1], _BLOCK), np.float32)
     _parallel(pool, _fill, len(blocks), x, blocks)
@@ -45,7 +45,7 @@ def _in_fours(means):  # (k, d) float32, with centres that are nobody's nearest 
 def _coordinates(d):
     return (0,) * d if d <= _SHORT else ()
 
-# %% ../nbs/50_kernels.ipynb #meet-four
+# %% ../nbs/50_kernels.ipynb #least-of-four
 @_inline
 def _least_of_four(one, two, three, four, c, r, best, which, second):
     # of row r to the centres c to c + 3; second: the least but one of all, or None
@@ -60,7 +60,7 @@ def _least_of_four(one, two, three, four, c, r, best, which, second):
     which[r] = name if least < best[r] else which[r]
     best[r] = min(least, best[r])
 
-
+# %% ../nbs/50_kernels.ipynb #meet-four
 @_inline
 def _meet_four(rows, centres, c, coordinates, best, which, second):  # the rows of a block (d, _BLOCK), by their squares
     for r in range(_BLOCK):

@@ -545,7 +545,10 @@ class Regularizer:
         return torch.tensor(list(digest), dtype=torch.uint8)
 
     def load_state_dict(self, state: dict[str, torch.Tensor]):
-        """Take up what `state_dict` gave. Raises `ValueError` for that of another kind, plan, network or `bits`."""
+        """Take up what `state_dict` gave; "hard" puts the rows onto its centres.
+
+        Raises `ValueError` for that of another kind, plan, network or `bits`.
+        """
         if "of" not in state or not torch.equal(state["of"].cpu(), self._of()):
             raise ValueError(f"the state is none of kind={self.kind!r} with this plan and bits={self.bits}")
         if self.kind == "hard":
