@@ -490,13 +490,15 @@ def allocate(
     backend: str = "auto", # its back end
     progress: bool = False, # show progress bars?
 ) -> Plan: # {layer name: LayerPlan}; layers that are better left dense are not in it, its `skipped` says so
-    """The plan that reaches the ratio within 1 % and loses least by the sum over layers of ½ Σ F·δ² / √E, E = ½ Σ F·w².
+    """The plan that reaches the ratio within 1 % and loses least, where a layer loses −√E·ln(1 − D/E).
 
-    Without a loader, of ‖δ‖²/‖w‖². The size is that of a copy which is really shared, `compression(copy,
+    D = ½ Σ F·δ² is what sharing costs by the Fisher information F, E = ½ Σ F·w² all that the layer is worth; without a
+    loader F is 2/‖w‖². The size is that of a copy which is really shared, `compression(copy,
     coding=coding)`; `share(model, plan, codes=plan.codes)` gives the same, and so does, by clustering again,
     `share(model, plan, seed=seed)`. Layers on which the outputs do not depend, as auxiliary heads in eval mode, get
     what bits the others leave when there is a loader, mostly one cluster: exclude them where that matters. Raises
-    `ValueError` for a target out of reach, naming the bounds, for an unknown coding, and as `layer_curves` does.
+    `ValueError` for a target that none of its plans comes within 1 % of (in networks of a few hundred weights others
+    may), naming the bounds or the nearest, for an unknown coding, and as `layer_curves` does.
     """
     check_ratio(ratio)
     check_coding(coding)

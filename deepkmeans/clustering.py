@@ -856,7 +856,7 @@ def kmeans(
 
     Every code is that of the centre nearest to the row, and no centre is without rows: k shrinks where it exceeds the
     number of distinct rows. With `pinned_zero` = p > 0 the round(p·n) rows of smallest norm, one at least, have code 0
-    and codebook row 0 is zero (paper, section 3.3), each other row has the nearest of the other centres; row 0 of a
+    and codebook row 0 is zero (paper, Table 3), each other row has the nearest of the other centres; row 0 of a
     given `init` is then ignored. float64 and whole numbers are clustered as float64, with a codebook of float64;
     everything else in float32 at least, summed in float64. Rows may be a memory-mapped tensor: from IN_MEMORY on they
     are read in chunks, and beside them and a workspace of 1 GiB only some 60 bytes a row are held. The same seed gives

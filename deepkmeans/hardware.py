@@ -368,8 +368,9 @@ def energy(
     """Computation, weight and activation costs of each convolution and linear layer (eqs. 5 to 7, section 4.2.2).
 
     The network is run as by `eval` and left as it was. Weights that are exactly zero count as pruned (on the meta
-    device there are none), and so do the rows that `plan` fixes at zero. Raises `ValueError` for an unknown option or
-    layer, a cost below 0, a plan for a layer that is shared already, and an input on which the network does not run.
+    device there are none), and so do the rows that `plan` fixes at zero; a codebook is counted as it is stored. Raises
+    `ValueError` for an unknown option or layer, a cost below 0, a plan for a layer that is shared already, and an
+    input on which the network does not run.
     """
     settings = dict(stored=stored, uses=uses, computation=computation, access_cost=access_cost)
     _check_choices(settings)

@@ -45,7 +45,7 @@ class LayerPlan:
     """What one layer gets: `k` clusters, or `rate` = k/n (exactly one of them).
 
     `sparsity` is p, the fraction of rows, those of smallest norm, whose centre is fixed at zero (counted as one of
-    the k; paper, section 3.2 and Table 3). With `sparse_at="mean"` they are the rows nearest to the mean row, and their
+    the k; paper, Table 3). With `sparse_at="mean"` they are the rows nearest to the mean row, and their
     centre is their mean, as the released code of the paper has it. Raises `ValueError` for values out of bounds.
     """
     k: int | None = None # clusters, at least 1

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from math import hypot
 from pathlib import Path
 from statistics import fmean, variance
 from typing import NamedTuple
@@ -136,9 +137,9 @@ def _mean(text):  # of "98.71 ± 0.19 (3)"
     return float(text.split()[0])
 
 
-def _error(text, images):  # of the mean of runs, by their deviation behind it or, if larger, by the test images
+def _error(text, images):  # of the mean of runs, by their deviation behind it and by the test images
     mean, _, deviation, runs = text.split()
-    return max(float(deviation) / int(runs.strip("()")) ** 0.5, binomial_error(float(mean), images))
+    return hypot(float(deviation) / int(runs.strip("()")) ** 0.5, binomial_error(float(mean), images))
 
 
 def _lenet_images(folder):  # how many are tested

@@ -477,6 +477,18 @@ def test_repeated_runs_start_from_one_baseline_and_differ_afterwards(root, tmp_p
     assert line._replace(repeated="seed").run(1)["seed"] == 1
 
 
+def test_the_luck_of_a_baseline_is_no_scatter_of_the_method(root, tmp_path):
+    line, job = tables.Line("Deep k-Means", 8, "retrain", FEW, "shared"), root / "nbs" / "retrain.ipynb"
+    for seed, baseline in enumerate((80.0, 85.0, 90.0)):
+        parameters = store.complete_parameters(store.notebook_parameters(job), line.run(seed))
+        shared = dict(top1=baseline - 1, ratio=dict(network=dict(file=8.0)))
+        stages = dict(baseline=dict(top1=baseline), shared=shared)
+        record = dict(id=str(seed), parameters=parameters, dataset=dict(test=10_000), stages=stages)
+        store.save_record(tmp_path / str(seed), record)
+    told = tables.compare([line], 3, store.paper_numbers("table1"), [tmp_path], root)
+    assert told.ours.item() == "-1.00 ± 0.37 (3)"  # √(84·16/10,000), that of the images
+
+
 def test_a_run_that_a_suite_names_twice_is_made_once(tmp_path, monkeypatch):
     made = []
     monkeypatch.setattr(suite, "_execute_all", lambda notebook, defaults, missing, *_: made.extend(missing) or [])

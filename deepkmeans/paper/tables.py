@@ -93,14 +93,11 @@ class Budget(NamedTuple):
                 Line("Deep Compression", ratio, "baseline", self.other("deep-compression", k=k), "trained")]
 
 # %% ../../nbs/32_tables.ipynb #standard-error
-def _standard_error(accuracies, records):  # in points; NaN where nothing tells it
-    if not accuracies:
-        return nan
-    mean = fmean(accuracies)
+def _standard_error(accuracies, changes, records):  # of the mean change, in points; NaN where nothing tells it
     images = next((record["dataset"]["test"] for record in records if "dataset" in record), None)
-    of_images = [binomial_error(mean, images)] if images else []
-    of_runs = [stdev(accuracies) / len(accuracies) ** 0.5] if len(accuracies) > 1 else []
-    return max(of_images + of_runs, default=nan)
+    of_images = [binomial_error(fmean(accuracies), images)] if images and accuracies else []
+    of_runs = [stdev(changes) / len(changes) ** 0.5] if len(changes) > 1 else []
+    return hypot(*of_images, *of_runs) if of_images or of_runs else nan
 
 # %% ../../nbs/32_tables.ipynb #in-words
 def _in_words(change, error, ended, made):
@@ -119,7 +116,7 @@ def _told_line(line, records, reported, metric):
     reached = pd.Series([stages[line.stage][metric] for stages in ended], dtype=float)
     baseline = pd.Series([stages["baseline"][metric] for stages in ended], dtype=float)
     change = reached - baseline
-    error = _standard_error(reached.tolist(), records)
+    error = _standard_error(reached.tolist(), change.tolist(), records)
     said = reported[(reported.method == line.paper) & (reported.ratio == line.ratio)][f"{metric}_change"]
     paper = float(said.item()) if len(said) else nan
     numbers = dict(paper=paper, change=change.mean(), sd=change.std(), error=error, difference=change.mean() - paper,
@@ -151,7 +148,8 @@ def compare(
 ): # a pandas frame, a line for each under its label
     """Paper beside ours, in points: `change` is the mean over the seeds that ended, `of` how many, `sd` its deviation.
 
-    `error` is the standard error of the accuracy: that of the test images or, if larger, of the mean over runs.
+    `error` is the standard error of `change`: that of the accuracy on the test images, which is more than the change
+    has, as both networks are tested on the same ones, and that of the mean over runs, added in squares.
     `ours` says it in words: "-0.70 ± 0.22 (3)" with the error and the number of runs; a run that has not been made is
     "not run", one that diverged says so. `run` holds the ids of the records, and the ratios stand under every way of
     counting that the records have ("network file", "conv entropy", …).
@@ -192,7 +190,7 @@ def claims(
 ) -> list: # sentences
     """For each pair of lines that were both run, whether the first lost less than the second.
 
-    That takes more than two standard errors. The paper's gap stands beside where it has both.
+    That takes more than two standard errors, as of independent lines. The paper's gap stands beside where it has both.
     """
     ran = set(frame.index[frame.ended > 0])
     return [_claim(better, worse, frame) for better, worse in pairs if {better, worse} <= ran]
