@@ -138,7 +138,7 @@ def _measured(rows, scale, k, seed, backend):  # loss and index bits of rows wit
         return float((scale * rows.double().square()).sum()), 0.0
     n = len(rows)
     if n > SAMPLE:
-        chosen = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:2 * SAMPLE]
+        chosen = torch.randperm(n, generator=torch.Generator().manual_seed(seed), device="cpu")[:2 * SAMPLE]
         rows = rows[chosen]
         scale = scale[chosen]
     part = len(rows) / n

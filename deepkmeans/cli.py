@@ -612,12 +612,20 @@ def _config(path): # → {name of an option: value}
         raise ValueError(f"config={path!r} must hold options by their names, such as arch: lenet5")
     return {name.replace("-", "_"): value for name, value in given.items()}
 
+# %% ../nbs/40_cli.ipynb #one-value
+def _check_lists(finder, given): # may these options of a file have several values?
+    several = {action.dest for action in finder._actions if isinstance(action, argparse._AppendAction)}
+    for name, value in given.items():
+        if isinstance(value, list) and name.replace("-", "_") not in several:
+            raise _UsageError(f"{name}={value} must be one value")
+
 # %% ../nbs/40_cli.ipynb #config-words
 def _config_words(finder, given, typed, others): # {"arch": "lenet5", "K": 16} → ["--arch=lenet5", "--K=16"]
     sized = any(getattr(typed, name) is not None for name in SIZES)
     model = [str(given["model"])] if "model" in given and not others else []
     left = {name: value for name, value in given.items() if name != "model" and not (sized and name in SIZES)}
     try:
+        _check_lists(finder, left)
         words = [word for name, value in left.items() for word in _option_words(name.replace("_", "-"), value)]
         finder.parse_args(words)
     except _UsageError as error:

@@ -11,9 +11,12 @@ __all__ = ['PRECISION', 'MAX_K', 'STEP', 'DTYPES', 'DTYPE_NAMES', 'FLOATS', 'ARR
 
 # %% ../nbs/07_codec.ipynb #imports
 import json
+import re
 import warnings
 import zlib
 from collections import OrderedDict, defaultdict
+from contextlib import suppress
+from copy import deepcopy
 from dataclasses import dataclass
 from math import inf, isfinite, prod
 from pathlib import Path
@@ -28,10 +31,11 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from .files import place_for_file, write_file
-from .models import architecture_of, build
+from .models import architecture_of, build, first_line
+from .plan import type_name
 from .reports import Report, as_text
 from .rows import LAYOUTS, from_rows, row_length
-from .sharing import SharedWeight, shared_layers, unshare
+from .sharing import SharedWeight, _restore, _state_of, shared_layers, unshare
 from .shelf import find, hint
 
 # %% ../nbs/07_codec.ipynb #error
@@ -564,15 +568,29 @@ def _blank(architecture, kinds): # without memory, in the floating type of the o
     _, dtype = kinds.get(first, ((), None))
     return model.to(dtype) if DTYPE_NAMES.get(dtype) in FLOATS else model
 
+# %% ../nbs/07_codec.ipynb #makeup
+_TOLD_BY_TENSORS = (nn.ParameterList, nn.ParameterDict)
+_IN_TRAINING_ONLY = r"(momentum|inplace|p)=[^,]*"
+
+
+def _makeup(model): # {module name: type and options}, as far as these tell what it computes in eval mode
+    modules = {name: m for name, m in model.named_modules() if "parametrizations" not in name.split(".")}
+    return {name: f"{type_name(m)}({re.sub(_IN_TRAINING_ONLY, '', m.extra_repr())})"
+            for name, m in modules.items() if not isinstance(m, _TOLD_BY_TENSORS)}
+
 # %% ../nbs/07_codec.ipynb #misfit
-def _misfit(named, outline): # why `build` does not make a network of that outline from the name, or None
+def _misfit(named, model, outline): # why `build` does not make this network, of that outline, from the name; or None
     if not _is_architecture(named):
         return "its options are not all numbers"
     try:
-        model = _blank(named, outline[0])
+        built = _blank(named, outline[0])
     except Exception as error:  # whatever a builder of any library makes of what it was not made for
         return f"it cannot be built: {error}"
-    return None if _outline(_named_tensors(model)) == outline else "build makes other tensors from it"
+    if _outline(_named_tensors(built)) != outline:
+        return "build makes other tensors from it"
+    made, own = _makeup(built), _makeup(model)
+    differ = [name for name in dict.fromkeys([*made, *own]) if made.get(name) != own.get(name)]
+    return f"build makes another {differ[0] or 'network'!r} from it" if differ else None
 
 # %% ../nbs/07_codec.ipynb #architecture
 def _architecture(model, given, *outline): # what `build` makes this network from, or None
@@ -581,7 +599,7 @@ def _architecture(model, given, *outline): # what `build` makes this network fro
     named = given or architecture_of(model)
     if not named:
         return None
-    problem = _misfit(named, outline)
+    problem = _misfit(named, model, outline)
     if problem and given:
         raise ValueError(f"architecture={given} is not this network: {problem}")
     if problem:
@@ -696,7 +714,7 @@ def _read(source, max_bytes): # path, name of a network on the shelf, or bytes â
 def _skeleton(content): # the network that the file names, without memory
     given = content.tables.architecture
     kinds, _ = content.tables.outline()
-    _need(given, "the file names no architecture that can be built; pass the network as model")
+    _need(given, "the file names no architecture that can be built; pass the network as model (or --arch)")
     deep = given.get("depth", 0) > len(kinds)
     _need(not deep, f"the architecture in the file, {_shown(given)}, is deeper than its tensors")
     try:
@@ -732,6 +750,20 @@ def _install(model, content, codes, assign):
     state.update({name: state[owner] for name, owner in content.tables.ties.items() if owner in state})
     model.load_state_dict(state, strict=False, assign=assign)  # _check_network saw that nothing else is missing
 
+# %% ../nbs/07_codec.ipynb #install-or-restore
+def _install_or_restore(model, content, codes): # into a network that is there
+    before = deepcopy(model.state_dict())
+    layers = [model.get_submodule(layer.name) for layer in content.tables.layers]
+    dense = [_state_of(module) for module in layers]
+    try:
+        _install(model, content, codes, assign=False)
+    except Exception as error:  # modules may load themselves, and refuse
+        for module, own in zip(layers, dense):
+            _restore(module, *own)
+        with suppress(Exception):
+            model.load_state_dict(before)
+        raise CompressedFileError(f"the network refuses what the file holds: {first_line(error)}") from None
+
 # %% ../nbs/07_codec.ipynb #load
 def load_compressed(
     path: str | Path, # a file that `save_compressed` wrote, or a name that `deepkmeans list` shows
@@ -753,7 +785,9 @@ def load_compressed(
     codes = {layer.name: content.codes(layer) for layer in content.tables.layers}
     if model is None:
         target = target.to_empty(device="cpu").eval()
-    _install(target, content, codes, assign=model is None)
+        _install(target, content, codes, assign=True)
+    else:
+        _install_or_restore(target, content, codes)
     return unshare(target) if dense else target
 
 # %% ../nbs/07_codec.ipynb #decompress
@@ -764,6 +798,8 @@ def decompress(
 ) -> dict: # {name: tensor}: the state dict of the dense network
     """The dense weights in a compressed file, for use without this package.
 
+    A plain dict does not tell modules of several versions, as torchvision's MNASNet has, which of them it is of:
+    `load_compressed(path, dense=True)` does.
     Raises `CompressedFileError` as `load_compressed` does.
     """
     content = _read(path, max_bytes)

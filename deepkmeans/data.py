@@ -56,10 +56,10 @@ def _contrast(images, factor): # (b, c, h, w), (b,) → (b, c, h, w) float32; no
 
 # %% ../nbs/12_data.ipynb #drawn
 def _drawn(n, key):  # for n images: (n, 2) shifts, (n,) flips, (n,) factors of contrast
-    g = _keyed_generator("augment", *key)
-    shift = torch.randint(0, 9, (n, 2), generator=g)
-    flip = torch.rand(n, generator=g) < 0.5
-    factor = 0.75 + 0.5 * torch.rand(n, generator=g)
+    how = dict(generator=_keyed_generator("augment", *key), device="cpu")
+    shift = torch.randint(0, 9, (n, 2), **how)
+    flip = torch.rand(n, **how) < 0.5
+    factor = 0.75 + 0.5 * torch.rand(n, **how)
     return shift, flip, factor
 
 # %% ../nbs/12_data.ipynb #augmented
@@ -114,9 +114,9 @@ def channel_stats(
 
     A channel that never changes gets standard deviation 1/255 and becomes 0.
     """
-    value = torch.arange(256, dtype=torch.float64) / 255
+    value = torch.arange(256, dtype=torch.float64, device=images.device) / 255
     counts = [torch.bincount(images[:, c].reshape(-1), minlength=256) for c in range(images.shape[1])]  # c × (256,)
-    share = torch.stack(counts) / counts[0].sum()  # (c, 256)
+    share = torch.stack(counts).float() / counts[0].sum()  # (c, 256)
     mean = share.double() @ value  # (c,)
     variance = (share * (value - mean[:, None]) ** 2).sum(1)  # (c,)
     return tuple(mean.tolist()), tuple(variance.sqrt().clamp(min=1 / 255).tolist())
@@ -578,7 +578,7 @@ def _part(split, n, what, seed):
         raise ValueError(f"{what}={n} must be from 0 to the number of images, {len(split)}")
     if not n:
         return split
-    order = torch.randperm(len(split), generator=_keyed_generator("subset", what, seed))
+    order = torch.randperm(len(split), generator=_keyed_generator("subset", what, seed), device="cpu")
     chosen = order[:n].sort().values
     return Split(split.images[chosen], split.labels[chosen])
 
@@ -670,7 +670,9 @@ class Loader:
     def __iter__(self):
         n = len(self.split)
         key = (self.seed, self.epoch)
-        order = torch.randperm(n, generator=_keyed_generator("order", *key)) if self.shuffle else torch.arange(n)
+        order = torch.arange(n, device="cpu")
+        if self.shuffle:
+            order = torch.randperm(n, generator=_keyed_generator("order", *key), device="cpu")
         chunks = order.split(self.batch_size)[:len(self)]
         for images, labels in self.split.batches(chunks, self.augment, key, self.workers):
             x = images.to(device=self.device, dtype=torch.float32, memory_format=self.memory_format)  # (b, c, h, w)

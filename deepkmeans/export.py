@@ -13,7 +13,7 @@ import torch
 
 from .files import write_file
 from .models import first_line
-from .rows import to_rows
+from .rows import to_rows, without_autocast
 from .sharing import shared_layers, unshare
 
 # %% ../nbs/10_export.ipynb #two-in-a-byte
@@ -59,14 +59,14 @@ def _sample(dense, input_shape, free=128):  # (2, c, h, w), of the network's typ
     dtype = next((p.dtype for p in dense.parameters()), torch.float32)
     if dtype not in (torch.float16, torch.float32, torch.float64):
         raise ValueError(f"the network is of {dtype}, which ONNX's runtimes do not compute with: .float() or .half()")
-    return torch.zeros(2, *(size or free for size in input_shape), dtype=dtype)
+    return torch.zeros(2, *(size or free for size in input_shape), dtype=dtype, device="cpu")
 
 # %% ../nbs/10_export.ipynb #used
 def _ran(dense, batch):  # names of the modules that run
     ran = set()
     hooks = [m.register_forward_hook(lambda *_, name=name: ran.add(name)) for name, m in dense.named_modules()]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), without_autocast(batch.device):
             dense(batch)
     except Exception as error:  # whatever a network says to an input that it was not made for
         raise ValueError(f"input_shape={tuple(batch.shape[1:])}: the network does not run on it ({first_line(error)}); "
@@ -92,7 +92,8 @@ def _export(dense, batch, input_shape, opset):
     free = {axis: torch.export.Dim.DYNAMIC for axis, size in enumerate(input_shape, 1) if size is None}
     shapes = ({0: torch.export.Dim("batch")} | free,)
     try:
-        return torch.onnx.export(dense, (batch,), dynamic_shapes=shapes, **options).model_proto
+        with without_autocast(batch.device):
+            return torch.onnx.export(dense, (batch,), dynamic_shapes=shapes, **options).model_proto
     except RuntimeError as error:  # torch's own kinds, of every step
         why = first_line(error.__cause__ or error)
         raise ValueError(f"input_shape={tuple(input_shape)}: torch cannot export the network ({why})") from error

@@ -6,13 +6,16 @@
 __all__ = ['STALE', 'place_for_file', 'replacing', 'write_file']
 
 # %% ../nbs/15_files.ipynb #imports
+import errno
 import hashlib
 import os
 import secrets
 import shutil
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 # %% ../nbs/15_files.ipynb #place
 def place_for_file(
@@ -21,9 +24,13 @@ def place_for_file(
 ) -> Path: # where it will lie, links followed
     """Where a file can be written whole.
 
-    Raises `ValueError` for a missing folder, for what is there and is no regular file, and for one of the inputs.
+    Raises `ValueError` for a missing folder, for what is there and is no regular file, for one of the inputs and for a
+    loop of links.
     """
-    place = Path(path).resolve()
+    try:
+        place = Path(path).resolve()
+    except RuntimeError:  # of Python before 3.13
+        raise ValueError(f"path={str(path)!r} is a link that leads to itself") from None
     if not place.parent.is_dir():
         raise ValueError(f"path={str(path)!r} is in a folder that does not exist")
     if place.exists() and not place.is_file():
@@ -68,8 +75,11 @@ def replacing(
         os.replace(part, place)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
+    except SafetensorError as error:  # of a full disk, too
+        raise OSError(errno.EIO, str(error), str(path)) from None
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # of a folder that nothing can be written to: the first error says so
+            part.unlink(missing_ok=True)
 
 
 def _flush(path):  # to the disk

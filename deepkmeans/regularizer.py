@@ -385,7 +385,7 @@ class _Hard:
 # %% ../nbs/04_regularizer.ipynb #hard-state
 def _hard_state(hard):  # {name: tensor}
     state = {f"{name}.{field}": value for name, s in hard.states().items() for field, value in s._asdict().items()}
-    state["counters"] = torch.tensor([hard.steps, hard.moved])
+    state["counters"] = torch.tensor([hard.steps, hard.moved], device="cpu")
     if hard.price:
         state["mu"] = torch.tensor(hard.price.mu, dtype=torch.float64)
         state["worth"] = torch.tensor(sum(hard.price.worth, []), dtype=torch.float64)  # σ, layer after layer
@@ -441,14 +441,16 @@ class Regularizer:
 
     `kind="hard"` puts each row on its centre at once and keeps it there: call `step(done)` after each step of the
     optimizer, whichever that is. It ends with a network that `share(model, plan, codes=regularizer.codes())` only
-    writes down. Make it before wrapping the model. `"indicator"` (eq. 1) and `"spectral"` (eq. 4 to the letter) are
-    penalties: add `penalty()` to the loss; `refresh()` is due every `refresh_every` epochs (the paper's lazy update
-    of F). `"none"` does nothing.
+    writes down. Make it before wrapping the model and, in several processes, from the same weights in each: a wrapper
+    copies weights from the first process, and not what is kept here. `"indicator"` (eq. 1) and `"spectral"` (eq. 4 to
+    the letter) are penalties: add `penalty()` to the loss; `refresh()` is due every `refresh_every` epochs (the paper's
+    lazy update of F). `"none"` does nothing.
 
     Raises `ValueError` for an unknown kind, a bad strength, layers that `share` would refuse and rows that "hard" is
     to pin elsewhere than at zero, and `RuntimeError` for a call that the kind does not have.
     """
 
+    @torch.inference_mode(False)  # whose tensors could not be changed in place afterwards
     def __init__(
         self,
         model: nn.Module, # the network; the planned weights are changed in place by "hard", and only read otherwise
@@ -542,7 +544,7 @@ class Regularizer:
     def _of(self):  # what a state belongs to, as (32,) uint8
         what = {name: value for name, value in self.settings().items() if name in ("kind", "bits", "plan")}
         digest = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).digest()
-        return torch.tensor(list(digest), dtype=torch.uint8)
+        return torch.tensor(list(digest), dtype=torch.uint8, device="cpu")
 
     def load_state_dict(self, state: dict[str, torch.Tensor]):
         """Take up what `state_dict` gave; "hard" puts the rows onto its centres.

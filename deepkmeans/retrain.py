@@ -554,6 +554,7 @@ def _told_of_rows(regularizer):  # what an epoch did to the rows
     return {"moved": regularizer.moved()} if regularizer.kind == "hard" else {"distortion": regularizer.distortion()}
 
 # %% ../nbs/05_retrain.ipynb #train
+@torch.inference_mode(False)  # with gradients, wherever it is called
 def train(
     model: nn.Module, # a classifier; changed in place
     loader: Iterable, # (images, labels), with a length; where it, or its sampler, has `set_epoch`, that is called

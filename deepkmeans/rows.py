@@ -22,7 +22,8 @@ def row_length(
     """The length d of the rows into which a weight of this shape is cut.
 
     `scalar`: 1. `row`: the last kernel axis (paper, section 2). `kernel`: all kernel axes. `filter`: all weights
-    that make one output channel. A linear layer is a 1x1 convolution, so that its `row` and `kernel` have length 1.
+    that make one output channel (of a transposed convolution, whose weight is (in, out/groups, *kernel), that read one
+    input channel). A linear layer is a 1x1 convolution, so that its `row` and `kernel` have length 1.
     Raises `ValueError` for an unknown layout or a shape with fewer than two axes.
     """
     if layout not in LAYOUTS:

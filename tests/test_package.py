@@ -55,6 +55,11 @@ def test_cells_have_fixed_meaningful_ids(root):
         assert not escaped, path.name  # line breaks, and not their escapes
 
 
+def test_notebooks_leave_no_folders_behind(root):  # `make test` runs them before this
+    folders = {path.name for path in (root / "nbs").iterdir() if path.is_dir()}
+    assert folders - {"runs", ".ipynb_checkpoints"} == {"paper", "tutorials"}
+
+
 def test_imports_stand_in_cells_of_their_own(root):
     # nbdev_docs executes each cell that holds an import, without those before it
     harmless = (ast.Import, ast.ImportFrom, ast.FunctionDef)

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from ..clustering import Clustering, encode, kmeans, pinned_rows
 from ..plan import LayerPlan, Plan, make_plan
 from ..rows import at_least_float32, from_rows, to_rows, without_autocast
-from ..sharing import SharedWeight, SharingReport, cluster, plain_weight, planned_layers
+from ..sharing import SharedWeight, SharingReport, cluster, parametrize_weight, plain_weight, planned_layers
 from ..sharing import share_layers, sharing_report
 
 # %% ../../nbs/25_dkm.ipynb #attention
@@ -161,7 +161,7 @@ def soften(
     soft = {name: SoftWeight(m.weight, plan[name], temperature, iterations, tol, seed) for name, m in layers.items()}
     for name, module in layers.items():
         soft[name].order = tuple(module._parameters)
-        parametrize.register_parametrization(module, "weight", soft[name].train(module.training))
+        parametrize_weight(module, soft[name].train(module.training))
 
 # %% ../../nbs/25_dkm.ipynb #is-soft
 def _is_soft(module):
@@ -201,7 +201,7 @@ def harden(
         return _share_nearest(model, soft, makers)
     except BaseException:
         for name, module in soft.items():  # without the trial, which would move the centres
-            parametrize.register_parametrization(module, "weight", makers[name], unsafe=True)
+            parametrize_weight(module, makers[name], unsafe=True)
         raise
 
 # %% ../../nbs/25_dkm.ipynb #summed-weight

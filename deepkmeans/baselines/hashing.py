@@ -11,11 +11,11 @@ from math import prod
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
 from .factors import FactorReport, factor_line, layers_to_factor, relative_error
 from ..plan import CONVOLUTIONS
 from ..rows import at_least_float32, without_autocast
+from ..sharing import parametrize_weight
 
 # %% ../../nbs/23_hashing.ipynb #hashes
 GOLDEN = 0x9E3779B97F4A7C15  # step of splitmix64: 2⁶⁴ over the golden ratio, odd
@@ -185,7 +185,7 @@ def _budgets(layers, ratio):  # (layers,) buckets of each; biases stay
 # %% ../../nbs/23_hashing.ipynb #draw-buckets
 @torch.no_grad()
 def _draw_buckets(buckets, weight, generator):  # uniform, with the mean square of the weight
-    drawn = torch.rand(len(buckets), generator=generator) * 2 - 1
+    drawn = torch.rand(len(buckets), generator=generator, device="cpu") * 2 - 1
     buckets.copy_(drawn * (3 * weight.square().mean()).sqrt().cpu())
 
 # %% ../../nbs/23_hashing.ipynb #hash-layers
@@ -203,7 +203,7 @@ def _hash_layers(model, ratio, scratch, include, exclude, seed, make):  # make(l
     generator = torch.Generator().manual_seed(seed)
     for (name, layer), weight in zip(layers.items(), hashed):
         before = layer.weight.detach().clone()
-        parametrize.register_parametrization(layer, "weight", weight.to(before.device))
+        parametrize_weight(layer, weight.to(before.device))
         if scratch:
             _draw_buckets(layer.parametrizations.weight.original, before, generator)
         error = relative_error(before, layer.weight)

@@ -13,15 +13,16 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
 from ..accounting import FLOAT_BITS, compression
 from .factors import FactorReport, check_layer_names, factor_line, layers_to_factor, relative_error
 from ..plan import CONVOLUTIONS
+from ..sharing import parametrize_weight
 
 # %% ../../nbs/24_lowrank.ipynb #random-dictionary
 def _orthonormal(n, atoms, seed):  # (atoms, n), a basis of a random subspace
-    gaussian = torch.randn(n, atoms, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    gaussian = torch.randn(n, atoms, dtype=torch.float64, generator=generator, device="cpu")
     return torch.linalg.qr(gaussian).Q.T.float().contiguous()
 
 
@@ -78,7 +79,7 @@ def random_dictionary(
         before = layer.weight.detach()
         atoms = max(1, int(before[0].numel() / ratio))
         factor = RandomDictionary(before.shape, atoms, seed + i).to(before.device, before.dtype)
-        parametrize.register_parametrization(layer, "weight", factor)
+        parametrize_weight(layer, factor)
         error = relative_error(before, layer.weight)
         report.lines.append(factor_line(name, before, [atoms], len(before) * atoms, error))
     return report

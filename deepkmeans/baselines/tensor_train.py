@@ -12,11 +12,11 @@ from math import prod
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
 from .factors import FactorReport, check_layer_names, factor_line, relative_error, layers_to_factor
 from ..plan import CONVOLUTIONS
 from ..rows import without_autocast
+from ..sharing import parametrize_weight
 
 # %% ../../nbs/22_tensor_train.ipynb #primes
 def _primes(n):  # the prime factors, largest first
@@ -113,7 +113,7 @@ def _draw_cores(parametrization, v, like, generator):  # cores whose product has
     drawn = []
     for size in sizes:
         deviation = (v ** (1 / len(sizes)) / size[2]) ** 0.5
-        drawn.append(torch.randn(size, generator=generator).mul_(deviation).to(like))
+        drawn.append(torch.randn(size, generator=generator, device="cpu").mul_(deviation).to(like))
     return drawn
 
 # %% ../../nbs/22_tensor_train.ipynb #ranks-by-layer
@@ -133,7 +133,7 @@ def _train(name, shape, ranks, naive):
 @torch.no_grad()
 def _replace(layer, train, generator):  # → relative error of the new kernel
     before = layer.weight.detach().clone()
-    parametrize.register_parametrization(layer, "weight", train)
+    parametrize_weight(layer, train)
     if generator:
         drawn = _draw_cores(train, float(before.square().mean()), before, generator)
         for core, value in zip(layer.parametrizations.weight.parameters(), drawn):
