@@ -497,6 +497,11 @@ def _rounded(codebook, dtype, name):
                          f"its largest number is {largest:.3g}")
     return rounded
 
+# %% ../nbs/07_codec.ipynb #whole
+def _check_whole(name, tensor):
+    if hasattr(tensor, "full_tensor"): # a DTensor, as of fully_shard
+        raise ValueError(f"{name!r} is spread over processes; save a network of what its full_tensor() gives")
+
 # %% ../nbs/07_codec.ipynb #stored
 CODEBOOK_DTYPES = {None: None, "float32": torch.float32, "float16": torch.float16}
 
@@ -506,6 +511,7 @@ def _store_layer(name, module, dtype, arrays): # appends to the arrays; → Stor
         raise ValueError(f"layer {name!r} has another parametrization on its shared weight, which a file cannot hold")
     weight = module.parametrizations.weight[0]
     own = module.parametrizations.weight.original.detach()
+    _check_whole(name, own)
     codebook = _rounded(own, dtype or own.dtype, name)
     k = len(weight.counts)
     pinned = int(weight.pinned)
@@ -521,6 +527,7 @@ def _store_layer(name, module, dtype, arrays): # appends to the arrays; → Stor
 def _store_tensor(name, tensor, arrays): # appends to the arrays; → type, shape
     if not isinstance(tensor, torch.Tensor) or tensor.dtype not in DTYPE_NAMES:
         raise ValueError(f"{name!r} is a {getattr(tensor, 'dtype', type(tensor).__name__)}, which a file cannot hold")
+    _check_whole(name, tensor)
     if tensor.layout != torch.strided:
         raise ValueError(f"{name!r} has the layout {tensor.layout}, which a file cannot hold")
     if is_lazy(tensor) or tensor.is_meta:

@@ -112,6 +112,14 @@ def _codebook(shared, weight):  # (k, d), as the network uses it
     empty = rows.new_zeros(len(shared.counts), rows.shape[1])
     return empty.index_copy_(0, shared.codes.long().cpu(), rows)
 
+# %% ../nbs/10_export.ipynb #free-names
+def _free_names(graph, layer, *parts):  # for new tensors of a layer, which may have some of its own that are called so
+    taken = {constant.name for constant in graph.initializer}
+    names = [f"{layer}.{part}" for part in parts]
+    while taken & {*names}:
+        names = [f"{name}_" for name in names]
+    return names
+
 # %% ../nbs/10_export.ipynb #subgraph
 def _weight_nodes(graph, layer, shared, weight, opset):
     """Replace the initializer of the graph that is this weight by codebook[codes]; none where there is no such one."""
@@ -121,7 +129,7 @@ def _weight_nodes(graph, layer, shared, weight, opset):
     if constant is None:
         return []
     graph.initializer.remove(constant)
-    codebook, codes, indexes, rows, shape = (f"{layer}.{p}" for p in ("codebook", "codes", "indexes", "rows", "shape"))
+    codebook, codes, indexes, rows, shape = _free_names(graph, layer, "codebook", "codes", "indexes", "rows", "shape")
     graph.initializer.extend([numpy_helper.from_array(_codebook(shared, weight).numpy(), codebook),
                               _codes_tensor(codes, shared.codes.long().cpu(), len(shared.counts), opset),
                               numpy_helper.from_array(torch.tensor(weight.shape).numpy(), shape)])

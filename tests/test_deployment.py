@@ -166,6 +166,40 @@ def test_onnx_keeps_its_type_under_autocast(tmp_path):
     assert torch.allclose(torch.from_numpy(found), net(IMAGES), atol=1e-5)
 
 
+class Scaled(nn.Conv2d):
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.codebook = nn.Parameter(torch.full((1,), 3.0))
+
+    def forward(self, x):
+        return super().forward(x) * self.codebook
+
+
+def test_onnx_has_names_beside_those_of_the_network(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    net = shared(nn.Sequential(Scaled(3, 8, 3)).eval())
+    dk.to_onnx(net, tmp_path / "net.onnx", (3, 8, 8))
+    session = onnxruntime.InferenceSession(tmp_path / "net.onnx")
+    (found,) = session.run(None, {session.get_inputs()[0].name: IMAGES.numpy()})
+    assert torch.allclose(torch.from_numpy(found), net(IMAGES), atol=1e-5)
+
+
+def test_a_network_that_is_spread_over_processes_is_not_saved(tmp_path):
+    from torch.distributed.fsdp import fully_shard
+
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        net = shared()
+        fully_shard(net)
+        with pytest.raises(ValueError, match="spread over processes"):
+            dk.save_compressed(net, tmp_path / "net.dkm")
+    finally:
+        torch.distributed.destroy_process_group()
+    assert not (tmp_path / "net.dkm").exists()
+
+
 class Versioned(nn.Module):
     def __init__(self, refuse):
         super().__init__()
