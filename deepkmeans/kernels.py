@@ -301,7 +301,7 @@ def _among_all(centres):
             return codes, unsure, np.empty((0, 2), np.int64)
         # from nothing or, when that is how they were found, by the tree, which knows two of each
         again = _in_tree(centres) if given is None else find
-        pool = pool if len(unsure) * len(centres) >= _ALONE else None
+        pool = pool if len(unsure) * centres.size >= _ALONE else None
         codes[unsure], still, two = again(x[unsure], None, pool)
         return codes, unsure[still], two
     return find

@@ -21,7 +21,7 @@ _INF, _ZERO = np.float32(np.inf), np.float32(0)
 _FAR = np.float32(1e18)  # coordinates of padding: never the nearest, and the square is finite
 _INF_BITS = np.int32(0x7F800000)  # those of float32 infinity
 _LEAF = 16  # centres in a leaf: one AVX-512 register, two of AVX2
-_ALONE = 2**21  # pairs of row and centre up to which one thread works alone
+_ALONE = 2**24  # rows × centres × numbers up to which one thread works alone
 
 # %% ../nbs/49_tree.ipynb #pool
 def _parallel(pool, kernel, total, *arguments):  # kernel(*arguments, begin, end) over range(total)
@@ -33,7 +33,7 @@ def _parallel(pool, kernel, total, *arguments):  # kernel(*arguments, begin, end
 # %% ../nbs/49_tree.ipynb #pool-code
 def _threads(rows, centres):  # of as many threads as PyTorch uses; none where the work is over before they are awake
     threads = torch.get_num_threads()
-    alone = threads == 1 or len(rows) * len(centres) < _ALONE
+    alone = threads == 1 or len(rows) * centres.size < _ALONE
     return nullcontext() if alone else ThreadPoolExecutor(threads)
 
 # %% ../nbs/49_tree.ipynb #depth
