@@ -576,14 +576,15 @@ def _blank(architecture, kinds): # without memory, in the floating type of the o
     return model.to(dtype) if DTYPE_NAMES.get(dtype) in FLOATS else model
 
 # %% ../nbs/07_codec.ipynb #makeup
-_TOLD_BY_TENSORS = (nn.ParameterList, nn.ParameterDict)
-_IN_TRAINING_ONLY = r"(momentum|inplace|p)=[^,]*"
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+_LEFT_OUT = (*_DROPOUTS, nn.ParameterList, nn.ParameterDict) # compute nothing in eval mode, or tensors tell it
+_IN_TRAINING_ONLY = r"\b(momentum|inplace)=[^,]*"
 
 
 def _makeup(model): # {module name: type and options}, as far as these tell what it computes in eval mode
     modules = {name: m for name, m in model.named_modules() if "parametrizations" not in name.split(".")}
     return {name: f"{type_name(m)}({re.sub(_IN_TRAINING_ONLY, '', m.extra_repr())})"
-            for name, m in modules.items() if not isinstance(m, _TOLD_BY_TENSORS)}
+            for name, m in modules.items() if not isinstance(m, _LEFT_OUT)}
 
 # %% ../nbs/07_codec.ipynb #misfit
 def _misfit(named, model, outline): # why `build` does not make this network, of that outline, from the name; or None

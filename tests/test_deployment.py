@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch.nn.utils import parametrize
 
 import deepkmeans as dk
+from deepkmeans import codec
 from deepkmeans.baselines.hashing import hashed_net
 from deepkmeans.cli import main
 from deepkmeans.files import replacing
@@ -53,6 +54,23 @@ def test_a_file_does_not_name_an_architecture_whose_network_was_changed_where_it
     with pytest.warns(UserWarning, match="no longer what build"):
         dk.save_compressed(net, tmp_path / "net.dkm")
     assert dk.inspect(tmp_path / "net.dkm").architecture is None
+
+
+class Powers(nn.Module):
+    def __init__(self, p):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x):
+        return x.abs() ** self.p
+
+    def extra_repr(self):
+        return f"p={self.p}"
+
+
+def test_only_a_dropout_may_have_another_p():
+    assert codec._makeup(nn.Sequential(nn.Dropout(0.1))) == codec._makeup(nn.Sequential(nn.Dropout(0.5)))
+    assert codec._makeup(nn.Sequential(Powers(2))) != codec._makeup(nn.Sequential(Powers(3)))
 
 
 def test_what_only_training_uses_is_no_change_of_the_architecture(tmp_path):
@@ -245,9 +263,11 @@ def test_a_folder_that_nothing_can_be_written_to_is_named_by_the_file_that_was_a
 def test_a_link_that_leads_to_itself_is_refused(tmp_path):
     (tmp_path / "loop").symlink_to("loop")
     try:
-        dk.save_compressed(shared(), tmp_path / "loop")  # newer versions of Python put the file in its place
+        dk.save_compressed(shared(), tmp_path / "loop")
     except ValueError as error:
         assert "leads to itself" in str(error)
+    else:  # newer versions of Python put the file in its place
+        assert (tmp_path / "loop").is_file()
 
 
 def test_an_option_of_one_value_takes_no_list_from_a_file(tmp_path, monkeypatch, capsys):
